@@ -1,0 +1,222 @@
+"""Bundles (what is used) and training checkpoints (what is resumed): safetensors and JSON, never pickle."""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from capgen_utils.config import DecodingConfig, from_dict
+from capgen_utils.encoders import Encoder, build_encoder, load_encoder_folder, preprocessing_from_json
+from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
+from capgen_utils.models import CaptionModel, build_model, model_config
+from capgen_utils.text import Tokenizer, tokenizer_from_json
+
+VERSION = 1
+GET_AGAIN = "copy the whole bundle folder again, or train again with this version (capgen train)"
+_LARGEST = 10**10  # bytes of tensors that a bundle may hold
+
+
+@dataclass
+class Bundle:
+    """A trained captioner with everything it needs to caption a photograph.
+
+    Attributes:
+        model: in eval mode, fp32.
+        tokenizer: of its captions.
+        info: ``config.json``: model, preset, encoder, extraction dtype, decoding defaults, metrics, revision.
+        folder: where it was read from; ``None`` for one that was just trained.
+    """
+
+    model: CaptionModel
+    tokenizer: Tokenizer
+    info: dict[str, Any]
+    folder: Path | None = field(default=None)
+
+    @property
+    def decoding(self) -> DecodingConfig:
+        """The decoding defaults that were stored with the weights."""
+        return from_dict(DecodingConfig, self.info["decoding"])
+
+    @property
+    def extraction_dtype(self) -> torch.dtype:
+        """The dtype that the training features were computed in; used again on fresh photographs."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            self.info["extraction_dtype"]
+        ]
+
+    def build_encoder(self, weights: Path | None = None) -> Encoder:
+        """Return the encoder the captioner was trained on, with the stored preprocessing.
+
+        Raises:
+            CapGenError: its weights cannot be had, or are other ones than those of training.
+        """
+        described = self.info["encoder"]
+        own = self.folder / "encoder" if self.folder else None
+        if own is not None and own.is_dir():
+            encoder = load_encoder_folder(own)
+        else:
+            encoder = build_encoder(described["name"], weights)
+        if encoder.weights_hash() != described["weights_hash"]:
+            raise CapGenError(
+                f"the weights of {described['name']} are not those that the captioner was trained on",
+                "install the versions in constraints.txt, or pass the right file with --encoder-weights",
+            )
+        encoder.preprocessing = preprocessing_from_json(described["preprocessing"])
+        return encoder
+
+
+def save_bundle(
+    folder: Path, bundle: Bundle, encoder: Encoder | None = None, dtype: torch.dtype = torch.float16
+) -> None:
+    """Write ``bundle`` as a folder in one atomic step.
+
+    Args:
+        folder: replaced when it exists.
+        bundle: what to write; weights are stored in ``dtype``.
+        encoder: stored too when it is not public.
+    """
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in bundle.model.state_dict().items()}
+        save_file(tensors, temporary / "model.safetensors")
+        write_json(temporary / "tokenizer.json", bundle.tokenizer.to_json())
+        write_json(temporary / "config.json", {"version": VERSION, **bundle.info})
+        if encoder is not None and not encoder.public:
+            save_encoder(temporary / "encoder", encoder)
+
+
+def save_encoder(folder: Path, encoder: Encoder) -> None:
+    """Write an encoder that is not public: its weights (fp32) and its description."""
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.trunk.state_dict().items()}
+        save_file(tensors, temporary / "model.safetensors")
+        write_json(temporary / "config.json", encoder.describe())
+
+
+def bundle_info(
+    model_name: str,
+    model: CaptionModel,
+    encoder: Encoder,
+    extraction_dtype: torch.dtype,
+    decoding: DecodingConfig,
+    preset: str,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return what ``config.json`` says of a captioner."""
+    output = model.feature
+    return {
+        "model": model_name,
+        "architecture": asdict(model.config),
+        "feature": {"output": output, "shape": list(encoder.outputs[output])},
+        "encoder": encoder.describe(),
+        "extraction_dtype": str(extraction_dtype).removeprefix("torch."),
+        "decoding": asdict(decoding),
+        "preset": preset,
+        **more,
+    }
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Load a bundle. It is data, never code: names, shapes, sizes and types are checked before use.
+
+    Raises:
+        CapGenError: a file is missing, damaged, of another version, or does not fit the others.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CapGenError(f"there is no bundle folder {folder}", "check the path, or train one: capgen train")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise CapGenError(f"the bundle {folder} has no {name}", GET_AGAIN)
+    info = read_json(folder / "config.json", GET_AGAIN)
+    _check_info(info, folder)
+    tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json", GET_AGAIN))
+    config = model_config(info["model"], info["architecture"])
+    with torch.device("meta"):  # shapes first: nothing is allocated for a bundle that does not fit
+        model = build_model(info["model"], config, tokenizer, tuple(info["feature"]["shape"]))
+    tensors = read_tensors(folder / "model.safetensors", {k: v.shape for k, v in model.state_dict().items()})
+    model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
+    return Bundle(model.eval().requires_grad_(False), tokenizer, info, folder)
+
+
+_KINDS: dict[str, type] = {
+    "model": str, "architecture": dict, "feature": dict, "encoder": dict, "extraction_dtype": str, "decoding": dict,
+}  # fmt: skip
+
+
+def _check_info(info: Any, folder: Path) -> None:
+    version = info.get("version") if isinstance(info, dict) else None
+    if version != VERSION:
+        raise CapGenError(
+            f"the bundle {folder} is of version {version}, this CapGen reads version {VERSION}", GET_AGAIN
+        )
+    for key, kind in _KINDS.items():
+        if not isinstance(info.get(key), kind):
+            raise CapGenError(f"{folder}/config.json: {key} is missing or is not a {kind.__name__}", GET_AGAIN)
+    shape, encoder = info["feature"].get("shape"), info["encoder"]
+    sizes = shape if isinstance(shape, list) else [0]
+    limits = {"d_model": 4096, "fc_dim": 16384, "n_decode": 64, "seq_len": 1024}
+    possible = (
+        all(isinstance(n, int) and 0 < n <= 10**5 for n in sizes)
+        and info["extraction_dtype"] in ("float32", "bfloat16", "float16")
+        and all(isinstance(encoder.get(key), str) for key in ("name", "weights_hash"))
+        and isinstance(encoder.get("preprocessing"), dict)
+        and all(0 < info["architecture"].get(key, 1) <= limit for key, limit in limits.items())
+    )
+    if not possible:
+        raise CapGenError(f"{folder}/config.json holds values that are not possible", GET_AGAIN)
+    decoding = from_dict(DecodingConfig, info["decoding"])
+    if not (1 <= decoding.beam <= 100 and 1 <= decoding.max_length <= 1024):
+        raise CapGenError(f"{folder}/config.json: the decoding defaults are not possible", GET_AGAIN)
+
+
+def read_tensors(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Read a safetensors file that must hold exactly the tensors named in ``shapes``.
+
+    Raises:
+        CapGenError: unreadable, or other names, shapes or sizes.
+    """
+    if path.stat().st_size > _LARGEST:
+        raise CapGenError(f"{path} is too large for a captioner", GET_AGAIN)
+    try:
+        with safe_open(path, framework="pt") as stream:
+            names = set(stream.keys())
+            wrong = sorted(names ^ set(shapes))[:3]
+            wrong += [k for k in names & set(shapes) if tuple(stream.get_slice(k).get_shape()) != tuple(shapes[k])][:3]
+            if wrong:
+                raise CapGenError(f"{path} does not fit its config.json: {', '.join(wrong)}", GET_AGAIN)
+            tensors = {name: stream.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, struct.error, ValueError) as error:
+        raise CapGenError(f"{path} is damaged ({error})", GET_AGAIN) from error
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()):
+        raise CapGenError(f"{path} holds values that are not finite", GET_AGAIN)
+    return tensors
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+    """Write a training checkpoint in one file: tensors, and ``progress`` as JSON in its header."""
+    with atomic_path(path) as temporary:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"progress": json.dumps(progress)})
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what ``save_checkpoint`` wrote.
+
+    Raises:
+        CapGenError: unreadable.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            progress = json.loads(stream.metadata()["progress"])
+            return {name: stream.get_tensor(name) for name in stream.keys()}, progress  # noqa: SIM118
+    except Exception as error:
+        raise CapGenError(f"the checkpoint {path} is damaged ({error})", "delete it and train again") from error

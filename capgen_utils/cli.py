@@ -1,0 +1,251 @@
+"""The command line: ``capgen`` or ``python -m capgen_utils``."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from capgen_utils import __version__
+from capgen_utils.config import PRESETS, data_dir, get_preset
+from capgen_utils.files import CapGenError, write_json
+
+INTERRUPTED = 130  # what shells return after Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 when all went well; 1 when some images of a bulk command failed; 2 for an error, explained on stderr.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except CapGenError as error:
+        print(f"capgen: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("\ncapgen: stopped; run the same command again and it goes on where it was", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="capgen", description="Image captioning from scratch to CLIP + GPT-2.")
+    parser.add_argument("--version", action="version", version=f"capgen {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (_add_doctor, _add_download, _add_pretrain, _add_train, _add_evaluate, _add_caption, _add_course):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="auto", help=f"auto, {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="folder of the dataset, where it is not found by itself"
+    )
+    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only the first N images of each split (for a quick look)"
+    )
+
+
+def _add_doctor(commands: Any) -> None:
+    _command(commands, "doctor", _doctor, "Check this machine and say what is missing and how to get it.")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from capgen_utils.doctor import examine, exit_code, report
+
+    findings = examine()
+    print(report(findings))
+    return exit_code(findings)
+
+
+def _add_download(commands: Any) -> None:
+    parser = _command(commands, "download", _download, "Get a dataset, or find the one that is there already.")
+    parser.add_argument("dataset", nargs="?", default="flickr8k", help="shapes, flickr8k, flickr30k or coco")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="where it is or shall be")
+
+
+def _download(options: argparse.Namespace) -> None:
+    from capgen_utils.datasets import download_dataset, load_dataset
+
+    folder = download_dataset(options.dataset, options.data)
+    manifest = load_dataset(options.dataset, folder)
+    print(f"{options.dataset} is in {folder}")
+    for split in manifest.split_names():
+        part = manifest.split(split)
+        print(f"  {split:6s} {len(part):7d} images {sum(1 for _ in part.captions()):8d} captions")
+    for reason, count in manifest.report.items():
+        print(f"  note: {reason}: {count}")
+
+
+def _add_pretrain(commands: Any) -> None:
+    parser = _command(commands, "pretrain", _pretrain, "Train a preset's own small encoder (once; it is kept).")
+    parser.add_argument("--preset", default="shapes", help="a preset whose encoder is trained here")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from capgen_utils.recipes import pretrain_encoder
+
+    print(f"the encoder is in {pretrain_encoder(get_preset(options.preset), options.data)}")
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(commands, "train", _train, "Train a captioner; a run that was stopped goes on where it was.")
+    parser.add_argument("--model", default="transformer", help="which captioner")
+    _add_data_options(parser)
+    parser.add_argument("--encoder", metavar="NAME", help="another image encoder than the preset's")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="run folder (default: data/runs/PRESET_MODEL)")
+    parser.add_argument("--epochs", type=int, help="instead of the preset's")
+    parser.add_argument("--batch-images", type=int, metavar="N", help="images in a batch, instead of the preset's")
+    parser.add_argument("--learning-rate", type=float, metavar="X", help="peak, instead of the preset's")
+    parser.add_argument("--seed", type=int, help="instead of the preset's")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="compute dtype of training")
+    parser.add_argument("--no-flip", action="store_true", help="do not train on mirrored images")
+    parser.add_argument("--min-count", type=int, metavar="N", help="occurrences that a word needs to be learned")
+    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, in the run folder")
+    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases (pip install wandb)")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from capgen_utils.recipes import make_trainer, prepare
+
+    preset = _chosen_preset(options)
+    names = ("epochs", "batch_images", "learning_rate", "seed", "dtype")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if any(isinstance(value, (int, float)) and value <= 0 for value in given.values()):
+        raise CapGenError("epochs, batch size, learning rate and seed are above zero", "see: capgen train --help")
+    trackers = [name for name in ("tensorboard", "wandb") if getattr(options, name)]
+    folder = options.output or data_dir() / "runs" / f"{preset.name}_{options.model}"
+    prepared = prepare(preset, options.data, options.encoder_weights, options.limit)
+    trainer = make_trainer(prepared, options.model, folder, replace(preset.training, **given), trackers=trackers)
+    started = time.perf_counter()
+    progress = trainer.train()
+    print(f"best dev BLEU-4 {progress.best:.2f} in epoch {progress.best_epoch + 1}; "
+          f"{(time.perf_counter() - started) / 60:.1f} minutes now, {progress.seconds / 60:.1f} in all")  # fmt: skip
+    print(f"the captioner is in {folder / 'bundle'}; next: capgen evaluate --bundle {folder / 'bundle'}")
+
+
+def _chosen_preset(options: argparse.Namespace) -> Any:
+    preset = get_preset(options.preset)
+    if options.encoder and options.encoder != preset.encoder:
+        preset = replace(preset, encoder=options.encoder, pretraining=None)
+    preset = replace(preset, model={
+        name: replace(config, cnn_backbone=preset.encoder) for name, config in preset.model.items()
+    })  # fmt: skip
+    if options.no_flip:
+        preset = replace(preset, flip=False)
+    if options.min_count is not None:
+        preset = replace(preset, min_count=options.min_count)
+    print(f"preset {preset.name}: dataset {preset.dataset}, encoder {preset.encoder}")
+    return preset
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(commands, "evaluate", _evaluate, "Caption a split and score the captions.")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
+    )
+    parser.add_argument("--split", default="test", help="dev or test")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
+    parser.add_argument("--dataset", help="instead of the one the captioner was trained on")
+    parser.add_argument("--beam", type=int, help="hypotheses kept; 1 is greedy search (default: the bundle's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images (no score to publish)")
+    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
+    parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where the results go")
+    parser.add_argument("--name", help="of the results files (default: DATASET_MODEL)")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from capgen_utils.captioner import DEFAULT_BUNDLE
+    from capgen_utils.checkpoint import load_bundle
+    from capgen_utils.datasets import load_dataset
+    from capgen_utils.results import evaluate, summary, write_predictions
+
+    bundle = load_bundle(options.bundle or DEFAULT_BUNDLE)
+    trained_on = PRESETS.get(bundle.info.get("preset", ""))
+    dataset = options.dataset or (trained_on.dataset if trained_on else "flickr8k")
+    manifest = load_dataset(dataset, options.data, options.limit)
+    decoding = replace(bundle.decoding, beam=options.beam) if options.beam is not None else None
+    evaluation = evaluate(bundle, manifest, options.split, decoding, options.encoder_weights)
+    name = options.name or f"{manifest.name}_{bundle.info['model']}"
+    write_predictions(options.output / f"{name}_predictions.json", evaluation.captions)
+    write_json(options.output / f"{name}.json", evaluation.result)
+    print(summary(evaluation.result))
+    if options.limit:
+        print("  only a part of the split was scored: these numbers compare with nothing")
+    print(f"written: {options.output / f'{name}.json'} and the captions beside it")
+
+
+def _add_caption(commands: Any) -> None:
+    parser = _command(commands, "caption", _caption, "Caption photographs, or whole folders of them.")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
+    )
+    parser.add_argument("--beam", type=int, help="hypotheses kept; 1 is greedy search (default: the bundle's)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="longest caption in tokens (default: the bundle's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a line, with log-probability and candidates"
+    )
+
+
+def _caption(options: argparse.Namespace) -> int:
+    from tqdm.auto import tqdm
+
+    from capgen_utils.captioner import Captioner
+    from capgen_utils.images import find_images
+
+    paths = find_images(options.images)
+    captioner = Captioner.from_bundle(options.bundle, options.device, options.encoder_weights)
+    failed = 0
+    bar = tqdm(total=len(paths), unit="img", disable=len(paths) < 10 or not sys.stderr.isatty())
+    for path, result in captioner.caption_each(paths, options.beam, options.max_length):
+        bar.update()
+        if isinstance(result, CapGenError):
+            failed += 1
+            print(f"capgen: {result}", file=sys.stderr)
+        elif options.json:
+            candidates = [{"text": c.text, "log_probability": round(c.log_probability, 4)} for c in result.candidates]
+            print(
+                json.dumps({"image": str(path), "caption": result.text, "candidates": candidates}, ensure_ascii=False)
+            )
+        else:
+            print(f"{path}: {result.text}" if len(paths) > 1 else result.text)
+    bar.close()
+    if failed and len(paths) > 1:
+        print(f"capgen: {failed} of {len(paths)} images could not be captioned", file=sys.stderr)
+    return 0 if not failed else 1 if failed < len(paths) else 2
+
+
+def _add_course(commands: Any) -> None:
+    parser = _command(commands, "course", _course, "Run the course's notebooks and write them as pages to read.")
+    parser.add_argument("--preset", default="shapes", help=f"auto, {', '.join(PRESETS)}")
+    parser.add_argument("--output", type=Path, default=Path("course-output"), metavar="FOLDER", help="for the pages")
+    parser.add_argument("--only", metavar="NN", help="one notebook by its number, such as 05")
+    parser.add_argument("--keep", action="store_true", help="also store the outputs in notebooks/ (for maintainers)")
+
+
+def _course(options: argparse.Namespace) -> int:
+    from capgen_utils.course import run_course
+
+    return run_course(options.preset, options.output, options.only, options.keep)

@@ -1,0 +1,115 @@
+"""Photographs from outside, made harmless: decoded, turned upright, RGB, or refused with the reason."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from capgen_utils.files import CapGenError
+
+MAX_PIXELS = 100_000_000  # a decoded RGB image of this size takes 300 MB
+MAX_BYTES = 200_000_000
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+ImageLike = str | Path | Image.Image | np.ndarray
+
+
+def open_image(source: ImageLike) -> Image.Image:
+    """Return ``source`` as an upright 8-bit RGB image.
+
+    A path is opened by content, not by its name. The camera's EXIF rotation is applied; transparency is laid
+    on white; CMYK, palette, grey and 16-bit images are converted; of an animation the first frame is taken.
+
+    Args:
+        source: a path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4): uint8, or float from 0 to 1.
+
+    Raises:
+        CapGenError: missing, empty, truncated, too large, or not an image; names the file.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source)
+    path = Path(source)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CapGenError(f"{path} is larger than {MAX_BYTES // 10**6} MB", "save it smaller first")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            with Image.open(path, formats=FORMATS) as image:
+                return _to_rgb(image, str(path))
+    except CapGenError:
+        raise
+    except FileNotFoundError as error:
+        raise CapGenError(f"there is no file {path}", "check the path") from error
+    except Exception as error:  # Pillow's parsers raise many kinds on damaged input
+        raise CapGenError(f"{path} cannot be read as an image ({error})", _remedy(path)) from error
+
+
+def _remedy(path: Path) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty: copy or download it again"
+    return "the file is damaged or not an image: open it in a viewer, or save it again as JPEG or PNG"
+
+
+def _to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS or not width or not height:
+        raise CapGenError(
+            f"{name} has {width} x {height} pixels", f"scale it to at most {MAX_PIXELS // 10**6} megapixels first"
+        )
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(grey: np.ndarray) -> np.ndarray:
+    """Scale deep grey values to uint8: 16-bit ones by their range, others by the image's own minimum and maximum."""
+    values = grey.astype(np.float64)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if grey.dtype != np.float32 and low >= 0 and high <= 65535:
+        low, high = 0.0, 65535.0
+    scaled = (np.nan_to_num(values, nan=low) - low) / max(high - low, 1e-12)
+    return (scaled * 255).round().astype(np.uint8)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or not array.size:
+        raise CapGenError(f"an array of shape {array.shape} is not an image", "pass (height, width, 3), channels last")
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise CapGenError("a float image must hold values from 0 to 1", "divide by 255, or pass uint8")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise CapGenError(f"an image array of dtype {array.dtype} is not supported", "pass uint8, or float from 0 to 1")
+    return _to_rgb(Image.fromarray(array))
+
+
+def find_images(sources: Iterable[str | Path]) -> list[Path]:
+    """Expand folders (one level, sorted by name) to their image files; single files are kept as they are.
+
+    Raises:
+        CapGenError: a path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for source in map(Path, sources):
+        if not source.exists():
+            raise CapGenError(f"there is no file or folder {source}", "check the path")
+        inside = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES) if source.is_dir() else [source]
+        if not inside:
+            raise CapGenError(f"{source} holds no image", f"image files end in {', '.join(SUFFIXES)}")
+        found += inside
+    return found
+
+
+def is_many(images: Any) -> bool:
+    """Whether ``images`` is a sequence of images rather than one image."""
+    return isinstance(images, Sequence) and not isinstance(images, str)

@@ -1,0 +1,160 @@
+"""Results files: every number with the protocol and the machine it came from."""
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capgen_utils.checkpoint import Bundle
+from capgen_utils.config import REPOSITORY, DecodingConfig, choose_device
+from capgen_utils.datasets import Manifest
+from capgen_utils.features import extract, find_cache
+from capgen_utils.files import write_json
+from capgen_utils.metrics import BLEU_PROTOCOL, bleu, diversity
+from capgen_utils.shapes import judge, load_scenes
+from capgen_utils.training import caption_manifest
+
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "numpy", "pillow", "nltk")
+
+
+def machine() -> dict[str, Any]:
+    """Return what a measurement names: processor, cores, load, accelerator and versions; never a host or a path."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "accelerator": accelerator,
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def revision() -> str:
+    """Return the commit of this code, ``unknown`` outside a clone; ``+`` marks uncommitted changes."""
+    try:
+        run = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Captions of a split, and the results file that scores them."""
+
+    captions: dict[str, str]
+    result: dict[str, Any]
+
+
+def evaluate(
+    bundle: Bundle,
+    manifest: Manifest,
+    split: str = "test",
+    decoding: DecodingConfig | None = None,
+    encoder_weights: Path | None = None,
+) -> Evaluation:
+    """Caption a split with a bundle and score the captions.
+
+    Args:
+        bundle: loaded from its folder, so that what is scored is what ships.
+        manifest: the whole dataset; features that training cached for it are used again.
+        split: ``dev`` or ``test``.
+        decoding: instead of the bundle's defaults.
+        encoder_weights: a local weights file of the encoder.
+
+    Raises:
+        CapGenError: no such split; the encoder's weights cannot be had.
+    """
+    decoding = decoding or bundle.decoding
+    part = manifest.split(split)
+    device = choose_device()
+    encoder = bundle.build_encoder(encoder_weights).to(device)
+    output, dtype = bundle.model.feature, bundle.extraction_dtype
+    cache = find_cache(manifest, encoder, output, dtype) or extract(part, encoder, output, dtype=dtype)
+    model = bundle.model.to(device)
+    started = time.perf_counter()
+    captions = caption_manifest(model, part, cache, bundle.tokenizer, decoding, progress=True)
+    seconds = time.perf_counter() - started
+    references = {item.image: item.captions for item in part.items if item.image in captions}
+    result = {
+        "kind": "evaluation",
+        "model": bundle.info["model"],
+        "preset": bundle.info.get("preset"),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "scores": scores(captions, references, manifest),
+        "protocol": protocol(manifest, split, references, decoding) | {
+            "encoder": encoder.name,
+            "encoder_weights": bundle.info["encoder"]["weights_hash"],
+            "extraction_dtype": bundle.info["extraction_dtype"],
+            "seed": bundle.info.get("training", {}).get("seed"),
+            "revision": revision(),
+        },
+        "training": bundle.info.get("training"),
+        "captions_per_second": round(len(captions) / seconds, 2),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(),
+    }  # fmt: skip
+    return Evaluation(captions, result)
+
+
+def scores(captions: Mapping[str, str], references: Mapping[str, Any], manifest: Manifest) -> dict[str, float]:
+    """Return BLEU, BLEU-4 of the same captions on the wrong images, diversity, and truth where scenes are known."""
+    names = sorted(captions)
+    wrong = {name: captions[names[(i + 1) % len(names)]] for i, name in enumerate(names)}
+    result = bleu(captions, references)
+    result["BLEU-4 on the wrong images"] = bleu(wrong, references)["BLEU-4"]
+    result |= diversity(captions)
+    if (manifest.root / "scenes.json").is_file():
+        scenes = load_scenes(manifest.root)
+        result |= judge(captions, {Path(name).name: scenes[Path(name).name] for name in captions})
+    return {key: round(value, 4) for key, value in result.items()}
+
+
+def protocol(manifest: Manifest, split: str, references: Mapping[str, Any], decoding: DecodingConfig) -> dict[str, Any]:
+    """Return how a score was made: what has to be equal before two of them may be compared."""
+    whole = sum(item.split == split for item in manifest.items)
+    return {
+        "dataset": manifest.name,
+        "split": split,
+        "images": len(references),
+        "images_in_split": whole,
+        "references": sum(map(len, references.values())),
+        "BLEU": BLEU_PROTOCOL,
+        "decoding": asdict(decoding) | {"dtype": "float32"},
+    }
+
+
+def write_predictions(path: Path, captions: Mapping[str, str]) -> None:
+    """Write captions in COCO's results format: a list of ``image_id`` and ``caption``."""
+    write_json(path, [{"image_id": name, "caption": caption} for name, caption in sorted(captions.items())])
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """Return the scores as lines of text with the protocol beside them."""
+    rules = result["protocol"]
+    lines = [f"{result['model']} on {rules['dataset']}/{rules['split']}: {rules['images']} images, "
+             f"{rules['references']} references, encoder {rules['encoder']}"]  # fmt: skip
+    lines += [f"  {name:28s} {value:10.2f}" for name, value in result["scores"].items()]
+    decoding = rules["decoding"]
+    lines.append(f"  beam {decoding['beam']}, length penalty {decoding['length_penalty']}; BLEU: {rules['BLEU']}")
+    return "\n".join(lines)

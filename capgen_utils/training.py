@@ -1,0 +1,385 @@
+"""One training loop for every captioner: Accelerate, batches grouped by image, resumable to the bit."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from capgen_utils.batches import (
+    Batch,
+    Chunk,
+    TrainingData,
+    caption_loss,
+    chunks_by_length,
+    count_targets,
+    epoch_batches,
+    make_batch,
+)
+from capgen_utils.checkpoint import Bundle, bundle_info, load_checkpoint, save_bundle, save_checkpoint
+from capgen_utils.config import DecodingConfig, TrainingConfig, choose_dtype
+from capgen_utils.datasets import Manifest
+from capgen_utils.decoding import Specials, decode_features
+from capgen_utils.encoders import Encoder
+from capgen_utils.features import FeatureCache
+from capgen_utils.files import CapGenError, explain_os_errors, fingerprint
+from capgen_utils.metrics import bleu, diversity
+from capgen_utils.models import CaptionModel
+from capgen_utils.text import Tokenizer
+
+DEV_PROTOCOL = "greedy, dev split, before the weights are rounded to float16"
+SAMPLES = 4  # dev images captioned and printed after every evaluation
+
+
+class _Step(nn.Module):
+    """The whole forward pass as one call, which is what wrappers for several processes understand."""
+
+    def __init__(self, model: CaptionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: Tensor, chunks: Sequence[Chunk], label_smoothing: float) -> Tensor:
+        """Return the summed loss of all chunks; the images are encoded once."""
+        memory = self.model.encode(features)
+        losses = [caption_loss(self.model(memory, c.inputs, c.image), c.targets, label_smoothing) for c in chunks]
+        return torch.stack(losses).sum()
+
+
+@dataclass
+class Progress:
+    """Where training stands; everything JSON can hold. Tensors are in the checkpoint beside it."""
+
+    epoch: int = 0
+    step: int = 0
+    batch: int = 0
+    best: float = -1.0
+    best_epoch: int = -1
+    epoch_loss: float = 0.0
+    epoch_tokens: int = 0
+    seconds: float = 0.0
+    done: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains one captioner and keeps its best bundle.
+
+    Args:
+        model_name: key in ``models.MODELS``, or ``joint``.
+        model: freshly built, weights initialised from ``config.seed``.
+        tokenizer: fitted on the training captions.
+        data: images, captions, features.
+        encoder: what made the features; described in the bundle.
+        config: how to train.
+        decoding: defaults for the bundle; dev captions are greedy.
+        folder: gets ``bundle/``, ``checkpoint.safetensors`` and ``log.jsonl``.
+        preset: name for the bundle.
+        extraction_dtype: compute dtype of the features.
+        trackers: names that Accelerate knows: ``tensorboard``, ``wandb``.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        model: CaptionModel,
+        tokenizer: Tokenizer,
+        data: TrainingData,
+        encoder: Encoder,
+        config: TrainingConfig,
+        decoding: DecodingConfig,
+        folder: Path,
+        preset: str,
+        extraction_dtype: torch.dtype,
+        trackers: Sequence[str] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self.model_name, self.tokenizer, self.encoder = model_name, tokenizer, encoder
+        self.config, self.decoding, self.folder, self.preset = config, decoding, Path(folder), preset
+        self.extraction_dtype, self.data = extraction_dtype, data.readable()
+        self.specials = Specials(tokenizer.start_id, tokenizer.end_id, tokenizer.banned_ids)
+        self.accelerator = _accelerator(config, self.folder, trackers, device)
+        self.step_module = self.accelerator.prepare(_Step(model))
+        self.model = model
+        self.average = {k: v.detach().clone() for k, v in self._floats(model)} if config.average else None
+        self.optimizer = self.accelerator.prepare(_optimizer(model, config))
+        self.progress = Progress()
+        batches = math.ceil(len(self.data.train) / config.batch_images)
+        self.total_steps = batches * config.epochs
+
+    @staticmethod
+    def _floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return ((k, v) for k, v in model.state_dict().items() if v.is_floating_point())
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The one checkpoint; the newest replaces the one before."""
+        return self.folder / "checkpoint.safetensors"
+
+    def identity(self) -> str:
+        """Hash of what must be the same for a checkpoint to be continued."""
+        shapes = {k: list(v.shape) for k, v in self.model.state_dict().items()}
+        plain = self.data.plain
+        return fingerprint([shapes, asdict(self.config), len(self.tokenizer), plain.path.name, len(self.data.train)])
+
+    def train(self) -> Progress:
+        """Train to the end, or go on from the checkpoint of a run that was stopped.
+
+        Returns:
+            What was reached; ``history`` has one entry an epoch.
+
+        Raises:
+            CapGenError: the folder holds a run of other settings; or the loss is no longer finite.
+        """
+        self._resume()
+        bar = tqdm(total=self.total_steps, initial=self.progress.step, unit="step", desc=f"train {self.model_name}",
+                   disable=not self.accelerator.is_main_process)  # fmt: skip
+        while not self.progress.done and self.progress.epoch < self.config.epochs:
+            self._run_epoch(bar)
+        bar.close()
+        self.accelerator.end_training()
+        return self.progress
+
+    def _run_epoch(self, bar: tqdm) -> None:
+        started, world = time.perf_counter(), self.accelerator.num_processes
+        batches = epoch_batches(self.data, self.config, self.progress.epoch, self.accelerator.process_index, world)
+        self.step_module.train()
+        for number, (items, flips) in enumerate(batches):
+            if number < self.progress.batch:
+                continue  # done before the run was stopped
+            self._train_step(make_batch(items, flips, self.data, self.tokenizer, self.model.config.seq_len))
+            self.progress.batch += 1
+            bar.update()
+            bar.set_postfix(loss=f"{self.progress.epoch_loss / max(1, self.progress.epoch_tokens):.3f}", refresh=False)
+            if self.progress.step % self.config.checkpoint_steps == 0:
+                self._save(started)
+                started = time.perf_counter()
+        self._end_epoch(started)
+
+    def _train_step(self, batch: Batch) -> None:
+        batch = batch.to(self.accelerator.device)
+        chunks = chunks_by_length(batch, self.tokenizer.pad_id)
+        self._set_learning_rate()
+        with self.accelerator.autocast():
+            total = self.step_module(batch.features.float(), chunks, self.config.label_smoothing)
+        count = self.accelerator.reduce(count_targets(chunks), "sum")
+        # Gradients are averaged over processes: times their number, the mean is over the global token count.
+        loss = total / count * self.accelerator.num_processes
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        value = self.accelerator.reduce(total.detach(), "sum").item()
+        if not math.isfinite(value):
+            raise CapGenError(
+                f"the loss is {value} at step {self.progress.step}",
+                "lower the learning rate, or train with --dtype fp32",
+            )
+        self.progress.step += 1
+        self.progress.epoch_loss += value
+        self.progress.epoch_tokens += int(count.item())
+        self._update_average()
+
+    def _set_learning_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.progress.step, self.total_steps, self.config)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        if self.average is None:
+            return
+        # Young averages follow the weights faster, so that the first epochs can be judged too.
+        decay = min(self.config.average, (1 + self.progress.step) / (10 + self.progress.step))
+        for key, value in self._floats(self.model):
+            self.average[key].lerp_(value, 1 - decay)
+
+    def _end_epoch(self, started: float) -> None:
+        progress = self.progress
+        entry: dict[str, Any] = {"epoch": progress.epoch + 1, "step": progress.step}
+        entry["train_loss"] = progress.epoch_loss / max(1, progress.epoch_tokens)
+        last = progress.epoch + 1 == self.config.epochs
+        if last or (progress.epoch + 1) % self.config.evaluate_every == 0:
+            entry |= self._evaluate()
+        progress.seconds += time.perf_counter() - started
+        entry["seconds"] = round(progress.seconds, 1)
+        progress.history.append(entry)
+        progress.epoch, progress.batch, progress.epoch_loss, progress.epoch_tokens = progress.epoch + 1, 0, 0.0, 0
+        waited = progress.epoch - 1 - progress.best_epoch
+        progress.done = progress.epoch >= self.config.epochs or waited >= self.config.patience
+        self._log(entry)
+        self._save(time.perf_counter())
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Score generated dev captions with the averaged weights; the best weights become the bundle."""
+        own = {k: v.detach().clone() for k, v in self.model.state_dict().items()} if self.average is not None else None
+        if self.average is not None:
+            self.model.load_state_dict(self.average, strict=False)
+        self.model.eval()
+        result: dict[str, Any] = {"dev_loss": self._dev_loss()}
+        dev = self.data.dev.limit(self.config.dev_images)
+        spoken = caption_manifest(self.model, dev, self.data.plain, self.tokenizer, replace(self.decoding, beam=1))
+        result |= bleu(spoken, {item.image: item.captions for item in dev.items}) | diversity(spoken)
+        result["samples"] = {item.image: spoken[item.image] for item in dev.items[:SAMPLES]}
+        if result["BLEU-4"] > self.progress.best:
+            self.progress.best, self.progress.best_epoch = result["BLEU-4"], self.progress.epoch
+            if self.accelerator.is_main_process:
+                save_bundle(self.folder / "bundle", self.bundle(result), self.encoder)
+        if own is not None:
+            self.model.load_state_dict(own)
+        self.model.train()
+        return result
+
+    def bundle(self, dev: Mapping[str, Any]) -> Bundle:
+        """Return the model as it is now with everything a bundle says of it."""
+        info = bundle_info(
+            self.model_name, self.model, self.encoder, self.extraction_dtype, self.decoding, self.preset,
+            dataset=self.data.train.name, training=asdict(self.config), step=self.progress.step,
+            dev={k: v for k, v in dev.items() if k != "samples"} | {"protocol": DEV_PROTOCOL},
+        )  # fmt: skip
+        return Bundle(self.model, self.tokenizer, info)
+
+    @torch.inference_mode()
+    def _dev_loss(self) -> float:
+        total, count = 0.0, 0
+        dev = self.data.dev.items
+        for start in range(0, len(dev), self.config.batch_images):
+            items = dev[start : start + self.config.batch_images]
+            batch = make_batch(items, [False] * len(items), self.data, self.tokenizer, self.model.config.seq_len)
+            batch = batch.to(self.accelerator.device)
+            chunks = chunks_by_length(batch, self.tokenizer.pad_id)
+            with self.accelerator.autocast():
+                total += self.step_module(batch.features.float(), chunks, 0.0).item()
+            count += int(count_targets(chunks))
+        return total / max(1, count)
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with explain_os_errors(self.folder), open(self.folder / "log.jsonl", "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
+        self.accelerator.log(numbers, step=self.progress.step)
+        tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
+        for image, caption in entry.get("samples", {}).items():
+            tqdm.write(f"    {image}: {caption}")
+
+    def _save(self, started: float) -> None:
+        self.progress.seconds += time.perf_counter() - started
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        tensors, scalars = _pack(self)
+        progress = asdict(self.progress) | {"identity": self.identity(), "scalars": scalars}
+        save_checkpoint(self.checkpoint_path, tensors, progress)
+
+    def _resume(self) -> None:
+        if not self.checkpoint_path.exists():
+            return
+        tensors, progress = load_checkpoint(self.checkpoint_path)
+        if progress.pop("identity") != self.identity():
+            raise CapGenError(
+                f"{self.folder} holds a run with other settings or other data",
+                "choose another folder (--output), or delete this one to start over",
+            )
+        _unpack(self, tensors, progress.pop("scalars"))
+        self.progress = Progress(**progress)
+        if self.accelerator.is_main_process:
+            where = "finished" if self.progress.done else f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
+            tqdm.write(f"going on from {self.checkpoint_path}: {where}")
+
+
+def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
+    """Return the learning rate of ``step`` (from 0): linear warm-up, then half a cosine down to 1 % of the peak."""
+    warmup = max(1, round(config.warmup * total))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(1, total - warmup)
+    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    learnable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learnable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in learnable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-9, fused=False)
+
+
+def _accelerator(
+    config: TrainingConfig, folder: Path, trackers: Sequence[str], device: torch.device | None
+) -> Accelerator:
+    with explain_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    cpu = device is not None and device.type == "cpu"
+    # Accelerate keeps one precision for the whole process; a notebook trains several captioners in one.
+    AcceleratorState._reset_state()
+    dtype = choose_dtype(PartialState(cpu=cpu).device, config.dtype)
+    precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=precision, log_with=list(trackers) or None, project_dir=str(folder)
+    )
+    if trackers:
+        accelerator.init_trackers("capgen", config={k: v for k, v in asdict(config).items() if v is not None})
+    return accelerator
+
+
+def _pack(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that training depends on, as tensors and JSON scalars."""
+    tensors = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in (trainer.average or {}).items()}
+    state = trainer.optimizer.state_dict()["state"]
+    for index, values in state.items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if trainer.accelerator.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    scaler = trainer.accelerator.scaler
+    return tensors, {"scaler": scaler.state_dict() if scaler is not None else {}}
+
+
+def _unpack(trainer: Trainer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    trainer.model.load_state_dict(part("model."))
+    if trainer.average is not None:
+        trainer.average = {k: v.to(trainer.accelerator.device) for k, v in part("average.").items()}
+    optimizer = trainer.optimizer.state_dict()
+    optimizer["state"] = {}
+    for key, value in part("optimizer.").items():
+        index, name = key.split(".", 1)
+        optimizer["state"].setdefault(int(index), {})[name] = value
+    trainer.optimizer.load_state_dict(optimizer)
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and trainer.accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    if trainer.accelerator.scaler is not None and scalars["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(scalars["scaler"])
+
+
+def caption_manifest(
+    model: CaptionModel,
+    manifest: Manifest,
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    decoding: DecodingConfig,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> dict[str, str]:
+    """Caption every image of ``manifest`` from cached features: image -> best caption."""
+    specials = Specials(tokenizer.start_id, tokenizer.end_id, tokenizer.banned_ids)
+    names = [item.image for item in manifest.items if item.image not in cache.failed]
+    captions: dict[str, str] = {}
+    for start in tqdm(range(0, len(names), batch_size), desc="captioning", unit="batch", disable=not progress):
+        part = names[start : start + batch_size]
+        found = decode_features(model, cache.rows(part), specials, decoding)
+        captions |= {name: tokenizer.decode(best[0].tokens) for name, best in zip(part, found, strict=True)}
+    return captions
