@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from capgen_utils.checkpoint import Bundle, load_bundle
-from capgen_utils.config import REPOSITORY, choose_device
+from capgen_utils.config import choose_device
 from capgen_utils.decoding import Hypothesis, Specials, decode_features
 from capgen_utils.encoders import Encoder
 from capgen_utils.features import encode_images
 from capgen_utils.files import CapGenError
 from capgen_utils.images import ImageLike, is_many
+from capgen_utils.machine import REPOSITORY
 
 DEFAULT_BUNDLE = REPOSITORY / "data" / "bundles" / "flickr8k_transformer"
 

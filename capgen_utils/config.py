@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 
 from capgen_utils.files import CapGenError
+from capgen_utils.machine import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 Config = TypeVar("Config")
 
 
@@ -87,7 +87,8 @@ class DecodingConfig:
     Attributes:
         beam: hypotheses kept for an image; 1 is greedy search.
         max_length: tokens a caption may have, its end token included.
-        length_penalty: a hypothesis of n tokens (its end token counts) is ranked by log-probability / n ** length_penalty.
+        length_penalty: a hypothesis of n tokens, its end token counted, is ranked by
+            log-probability / n ** length_penalty.
     """
 
     beam: int = 5

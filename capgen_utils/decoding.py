@@ -126,9 +126,9 @@ class _Beam:
     """Beam search for many images at once.
 
     Every step scores all live hypotheses together. The 2 x beam best continuations of an image are looked at:
-    those that end are finished hypotheses, the best ``beam`` others live on. An image is done, and its rows leave the batch,
-    when ``beam`` hypotheses have finished and the best live one, ranked at its present length, is no better than the worst of
-    them (the library's ``early_stopping=False``).
+    those that end are finished hypotheses, the best ``beam`` others live on. An image is done, and its rows leave
+    the batch, when ``beam`` hypotheses have finished and the best live one, ranked at its present length, is no
+    better than the worst of them (the library's ``early_stopping=False``).
     """
 
     def __init__(self, model: Steps, memory: Any, images: int, specials: Specials, config: DecodingConfig) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from capgen_utils.compat import import_torchvision
-from capgen_utils.config import REPOSITORY, choose_device, choose_dtype, data_dir
+from capgen_utils.config import choose_device, choose_dtype, data_dir
 from capgen_utils.files import CapGenError
+from capgen_utils.machine import REPOSITORY
 
 MIN_PYTHON = (3, 11)
 MIN_FREE = 3_000_000_000  # bytes: Flickr8k unpacked, its archive and its features

@@ -59,6 +59,7 @@ class Encoder(nn.Module):
         outputs: shape of each named output for one image, such as ``{"grid": (49, 1280), "pooled": (1280,)}``.
         settings: what it takes to build the network again, for encoders that are not public.
         public: the weights can be had by name; else a bundle carries them.
+        training_run: minutes, epochs and machine of its pre-training, for an encoder that was trained here.
     """
 
     mean: Tensor
@@ -76,6 +77,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.name, self.preprocessing, self.outputs = name, preprocessing, dict(outputs)
         self.settings, self.public = dict(settings or {}), public
+        self.training_run: dict[str, Any] | None = None
         self.trunk = trunk.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1), persistent=False)
@@ -108,6 +110,7 @@ class Encoder(nn.Module):
             "outputs": {key: list(shape) for key, shape in self.outputs.items()},
             "settings": self.settings,
             "public": self.public,
+            "training_run": self.training_run,
         }
 
 
@@ -161,6 +164,7 @@ def load_encoder_folder(folder: Path) -> Encoder:
     if not isinstance(width, int) or not 8 <= width <= 1024 or width % 32:
         raise CapGenError(f"{folder}/config.json: the width {width!r} is not possible", remedy)
     encoder = new_shapes_cnn(width)
+    encoder.training_run = described.get("training_run")
     load_weights(encoder.trunk, folder / "model.safetensors", remedy)
     if encoder.weights_hash() != described.get("weights_hash"):
         raise CapGenError(f"{folder}: the weights are not those that config.json describes", remedy)

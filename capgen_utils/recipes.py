@@ -14,7 +14,7 @@ from capgen_utils.config import Preset, TrainingConfig, choose_device, choose_dt
 from capgen_utils.datasets import Manifest, load_dataset
 from capgen_utils.encoders import Encoder, Pixels, build_encoder, new_shapes_cnn
 from capgen_utils.features import extract
-from capgen_utils.files import CapGenError
+from capgen_utils.files import CapGenError, read_json
 from capgen_utils.models import JointCaptioner, build_model
 from capgen_utils.text import Tokenizer, WordTokenizer
 from capgen_utils.training import Trainer
@@ -149,5 +149,6 @@ def pretrain_encoder(preset: Preset, root: Path | None = None, folder: Path | No
     best = load_file(run / "bundle" / "model.safetensors")
     prefix = "encoder.trunk."
     encoder.trunk.load_state_dict({k.removeprefix(prefix): v.float() for k, v in best.items() if k.startswith(prefix)})
+    encoder.training_run = read_json(run / "bundle" / "config.json", "run pre-training again").get("training_run")
     save_encoder(folder, encoder.cpu())
     return folder

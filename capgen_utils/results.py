@@ -1,61 +1,21 @@
 """Results files: every number with the protocol and the machine it came from."""
 
 import datetime
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from capgen_utils.checkpoint import Bundle
-from capgen_utils.config import REPOSITORY, DecodingConfig, choose_device
+from capgen_utils.config import DecodingConfig, choose_device
 from capgen_utils.datasets import Manifest
 from capgen_utils.features import extract, find_cache
 from capgen_utils.files import write_json
+from capgen_utils.machine import machine, revision
 from capgen_utils.metrics import BLEU_PROTOCOL, bleu, diversity
 from capgen_utils.shapes import judge, load_scenes
 from capgen_utils.training import caption_manifest
-
-PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "numpy", "pillow", "nltk")
-
-
-def machine() -> dict[str, Any]:
-    """Return what a measurement names: processor, cores, load, accelerator and versions; never a host or a path."""
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "accelerator": accelerator,
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def revision() -> str:
-    """Return the commit of this code, ``unknown`` outside a clone; ``+`` marks uncommitted changes."""
-    try:
-        run = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 @dataclass(frozen=True)
@@ -110,6 +70,8 @@ def evaluate(
             "revision": revision(),
         },
         "training": bundle.info.get("training"),
+        "training_run": bundle.info.get("training_run"),
+        "pretraining_run": bundle.info["encoder"].get("training_run"),
         "captions_per_second": round(len(captions) / seconds, 2),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),

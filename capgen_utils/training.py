@@ -30,7 +30,8 @@ from capgen_utils.datasets import Manifest
 from capgen_utils.decoding import Specials, decode_features
 from capgen_utils.encoders import Encoder
 from capgen_utils.features import FeatureCache
-from capgen_utils.files import CapGenError, explain_os_errors, fingerprint
+from capgen_utils.files import CapGenError, explain_os_errors, fingerprint, read_json, write_json
+from capgen_utils.machine import machine
 from capgen_utils.metrics import bleu, diversity
 from capgen_utils.models import CaptionModel
 from capgen_utils.text import Tokenizer
@@ -145,6 +146,8 @@ class Trainer:
             self._run_epoch(bar)
         bar.close()
         self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            self._note_run()
         return self.progress
 
     def _run_epoch(self, bar: tqdm) -> None:
@@ -258,6 +261,22 @@ class Trainer:
                 total += self.step_module(batch.features.float(), chunks, 0.0).item()
             count += int(count_targets(chunks))
         return total / max(1, count)
+
+    def _note_run(self) -> None:
+        """Write into the bundle what the whole run took: known only now, after its best epoch was saved."""
+        path = self.folder / "bundle" / "config.json"
+        if not path.exists():
+            return
+        info = read_json(path, "delete the run folder and train again")
+        if info.get("training_run") is None:
+            info["training_run"] = {
+                "minutes": round(self.progress.seconds / 60, 2),
+                "epochs": self.progress.epoch,
+                "best_epoch": self.progress.best_epoch + 1,
+                "dtype": self.accelerator.mixed_precision,
+                "machine": machine(),
+            }
+            write_json(path, info)
 
     def _log(self, entry: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:

@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # Ground floor first. A module imports from lower floors and from what stands to its left on its own.
 FLOORS = [
-    ["compat", "files", "config"],
+    ["compat", "files", "machine", "config"],
     ["images", "text", "scenes", "shapes", "datasets", "metrics", "baselines"],
     ["encoders", "dual_encoder", "features", "decoding"],
     ["models"],

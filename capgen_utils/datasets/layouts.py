@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capgen_utils.config import REPOSITORY
 from capgen_utils.datasets.manifest import SPLITS, Manifest
 from capgen_utils.datasets.reading import (
     assemble,
@@ -23,6 +22,7 @@ from capgen_utils.datasets.reading import (
     tenths,
 )
 from capgen_utils.files import CapGenError, read_json
+from capgen_utils.machine import REPOSITORY
 
 SPLIT_LISTS = REPOSITORY / "data" / "splits" / "flickr8k"
 FLICKR8K_IMAGES = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset")

@@ -12,7 +12,7 @@ class State(Protocol):
     """What a captioner remembers between two steps of decoding."""
 
     def select(self, rows: Tensor) -> Self:
-        """Return the state of hypotheses ``rows`` (M',): reordered, dropped or repeated. Per-image tensors stay shared."""
+        """Return the state of hypotheses ``rows`` (M',): reordered, dropped or repeated; images stay shared."""
         ...
 
 

@@ -201,7 +201,7 @@ class TransformerCaptioner(CaptionModel):
     def step(
         self, tokens: Tensor, state: TransformerState, attention: bool = False
     ) -> tuple[Tensor, TransformerState, Mapping[str, Tensor]]:
-        """One position with cached keys and values; see ``CaptionModel.step``. Weights: ``layer0`` ... -> (M, heads, N)."""
+        """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
         at = state.keys.shape[3]
         x = self.embedding(tokens)[:, None] + self.position[at]  # (M, 1, d_model)
         keys, values, weights = [], [], {}

@@ -1,0 +1,196 @@
+"""``make bench``: rates of extraction, training and decoding, and peak memory, into ``results/benchmarks.json``.
+
+Each part runs in a process of its own, so that its peak memory is its own. Times are best of several runs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from capgen_utils.config import PRESETS, choose_device, choose_dtype  # noqa: E402
+from capgen_utils.datasets import load_dataset  # noqa: E402
+from capgen_utils.files import CapGenError, write_json  # noqa: E402
+from capgen_utils.results import machine  # noqa: E402
+
+DECODED = 256  # images that are captioned for a rate of decoding
+STEPS = 40  # training steps that are timed
+
+
+class PeakMemory:
+    """Samples this process's anonymous memory: what the system cannot drop, memory-mapped files left out."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._stop.wait(0.05):
+            memory = process.memory_info()
+            self.peak = max(self.peak, memory.rss - getattr(memory, "shared", 0))
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def flickr8k_or_shapes(limit: int | None = None) -> Any:
+    """The real photographs where they are at hand, else the drawn scenes; the result names which."""
+    try:
+        return load_dataset("flickr8k", limit=limit)
+    except CapGenError:
+        print("Flickr8k is not here: measuring on shapes; see `capgen download flickr8k`")
+        return load_dataset("shapes", limit=limit)
+
+
+def every_image() -> Any:
+    """All images of the folder, those in no split list included, as one manifest without captions."""
+    from capgen_utils.datasets import Item, Manifest
+
+    known = flickr8k_or_shapes()
+    names = sorted(p.name for p in known.root.iterdir() if p.suffix.lower() in (".jpg", ".png"))
+    return Manifest(known.name, known.root, tuple(Item(name, "all", ()) for name in names))
+
+
+def bench_extraction() -> dict[str, Any]:
+    """Images per second from JPEG files to cached grid features, all images of the dataset."""
+    from capgen_utils.encoders import build_encoder
+    from capgen_utils.features import extract
+
+    manifest = every_image()
+    encoder = build_encoder("efficientnet_lite0")
+    with tempfile.TemporaryDirectory(dir=REPOSITORY / "data") as folder:
+        started = time.perf_counter()
+        cache = extract(manifest, encoder, folder=Path(folder))
+        seconds = time.perf_counter() - started
+        size = cache.path.stat().st_size
+    return {
+        "dataset": manifest.name,
+        "encoder": encoder.name,
+        "images": len(manifest),
+        "seconds": round(seconds, 1),
+        "images_per_second": round(len(manifest) / seconds, 1),
+        "cache_gigabytes": round(size / 1e9, 2),
+        "dtype": str(choose_dtype(choose_device())).removeprefix("torch."),
+    }
+
+
+def bench_training() -> dict[str, Any]:
+    """Steps, captions and tokens per second of the transformer on all of the dataset, features cached."""
+    from capgen_utils.batches import chunks_by_length, count_targets, epoch_batches, make_batch
+    from capgen_utils.recipes import make_trainer, prepare
+
+    manifest = flickr8k_or_shapes()
+    preset = replace(PRESETS[manifest.name.split("-")[0]], flip=False)
+    prepared = prepare(preset)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(prepared, "transformer", Path(folder))
+        trainer.step_module.train()
+        batches = epoch_batches(trainer.data, trainer.config, 0)
+        best, tokens, captions = float("inf"), 0, 0
+        for number, (items, flips) in zip(range(STEPS), batches, strict=False):
+            started = time.perf_counter()
+            batch = make_batch(items, flips, trainer.data, trainer.tokenizer, trainer.model.config.seq_len)
+            trainer._train_step(batch)
+            seconds = time.perf_counter() - started
+            if number and seconds < best:
+                best, captions = seconds, len(batch.tokens)
+                tokens = int(count_targets(chunks_by_length(batch, trainer.tokenizer.pad_id)))
+    return {
+        "dataset": manifest.name,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "batch_images": trainer.config.batch_images,
+        "seconds_per_step": round(best, 3),
+        "captions_per_second": round(captions / best),
+        "tokens_per_second": round(tokens / best),
+        "dtype": str(choose_dtype(trainer.accelerator.device, trainer.config.dtype)).removeprefix("torch."),
+    }
+
+
+def bench_decoding() -> dict[str, Any]:
+    """Captions per second from cached features with the bundle that ships, in fp32: greedy and beam 5."""
+    from capgen_utils.captioner import DEFAULT_BUNDLE
+    from capgen_utils.checkpoint import load_bundle
+    from capgen_utils.features import extract
+    from capgen_utils.training import caption_manifest
+
+    bundle = load_bundle(DEFAULT_BUNDLE)
+    part = flickr8k_or_shapes(limit=DECODED).split("test")
+    device = choose_device()
+    model = bundle.model.to(device)
+    rates: dict[str, Any] = {"dataset": part.name, "images": len(part), "dtype": "float32"}
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = bundle.build_encoder().to(device)
+        cache = extract(part, encoder, folder=Path(folder), dtype=bundle.extraction_dtype)
+        for beam in (1, 5):
+            best = float("inf")
+            for _ in range(3):
+                started = time.perf_counter()
+                caption_manifest(model, part, cache, bundle.tokenizer, replace(bundle.decoding, beam=beam), 32)
+                best = min(best, time.perf_counter() - started)
+            rates[f"captions_per_second_beam_{beam}"] = round(len(part) / best, 1)
+    return rates
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "extraction": bench_extraction,
+    "training": bench_training,
+    "decoding": bench_decoding,
+}
+
+
+def run_part(name: str) -> None:
+    """Run one part and print its figures as the last line of standard output."""
+    with PeakMemory() as memory:
+        figures = PARTS[name]()
+    figures["peak_anonymous_gigabytes"] = round(memory.peak / 1e9, 2)
+    print(json.dumps(figures))
+
+
+def main() -> int:
+    """Run all parts, or those named, and merge their figures into the results file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "benchmarks.json")
+    parser.add_argument("--inside", choices=PARTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        run_part(options.inside)
+        return 0
+    unknown = sorted(set(options.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"there is no part {unknown[0]!r}; choose of {', '.join(PARTS)}")
+    results = json.loads(options.output.read_text()) if options.output.exists() else {"kind": "benchmarks"}
+    for name in options.parts or PARTS:
+        print(f"== {name}")
+        before = machine()  # the load before it starts, not the one it makes
+        run = subprocess.run([sys.executable, __file__, "--inside", name], stdout=subprocess.PIPE, text=True)
+        if run.returncode:
+            return run.returncode
+        results[name] = json.loads(run.stdout.splitlines()[-1]) | {"machine": before}
+        print(json.dumps(results[name], indent=2))
+        write_json(options.output, results)
+    print(f"written: {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
