@@ -17,7 +17,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check-python course test lint bench lab notebooks clean
+.PHONY: help setup check-python course test lint bench readme lab notebooks clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) ## measure speed and memory
 	$(RUN) benchmarks/run.py
+
+readme: $(STAMP) ## put the figures of results/ into README.md
+	$(RUN) benchmarks/readme.py
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab notebooks

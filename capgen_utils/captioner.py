@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from capgen_utils.checkpoint import Bundle, load_bundle
+from capgen_utils.checkpoint import LARGEST_BEAM, Bundle, load_bundle
 from capgen_utils.config import choose_device
 from capgen_utils.decoding import Hypothesis, Specials, decode_features
 from capgen_utils.encoders import Encoder
@@ -122,7 +122,13 @@ class Captioner:
         if not len(images):
             return []
         decoding = self.bundle.decoding
-        decoding = replace(decoding, beam=beam or decoding.beam, max_length=max_length or decoding.max_length)
+        decoding = replace(
+            decoding,
+            beam=decoding.beam if beam is None else beam,
+            max_length=decoding.max_length if max_length is None else max_length,
+        )
+        if not 1 <= decoding.beam <= LARGEST_BEAM:
+            raise CapGenError(f"a beam of {decoding.beam} is not possible", f"ask for 1 to {LARGEST_BEAM}")
         longest = getattr(self.model.config, "seq_len", decoding.max_length + 1) - 1
         if decoding.max_length > longest:
             raise CapGenError(f"this captioner cannot say {decoding.max_length} tokens", f"ask for at most {longest}")

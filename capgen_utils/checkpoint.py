@@ -20,6 +20,7 @@ from capgen_utils.text import Tokenizer, tokenizer_from_json
 
 VERSION = 1
 GET_AGAIN = "copy the whole bundle folder again, or train again with this version (capgen train)"
+LARGEST_BEAM = 100
 _LARGEST = 10**10  # bytes of tensors that a bundle may hold
 
 
@@ -59,16 +60,19 @@ class Bundle:
         """
         described = self.info["encoder"]
         own = self.folder / "encoder" if self.folder else None
-        if own is not None and own.is_dir():
+        if own is not None and own.is_dir() and weights is None:
             encoder = load_encoder_folder(own)
         else:
             encoder = build_encoder(described["name"], weights)
-        if encoder.weights_hash() != described["weights_hash"]:
+        if encoder.name != described["name"] or encoder.weights_hash() != described["weights_hash"]:
             raise CapGenError(
                 f"the weights of {described['name']} are not those that the captioner was trained on",
                 "install the versions in constraints.txt, or pass the right file with --encoder-weights",
             )
-        encoder.preprocessing = preprocessing_from_json(described["preprocessing"])
+        preprocessing = preprocessing_from_json(described["preprocessing"])
+        if preprocessing.size != encoder.preprocessing.size:
+            raise CapGenError(f"{described['name']} does not read images of {preprocessing.size} pixels", GET_AGAIN)
+        encoder.preprocessing = preprocessing
         return encoder
 
 
@@ -85,7 +89,7 @@ def save_bundle(
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in bundle.model.state_dict().items()}
-        save_file(tensors, temporary / "model.safetensors")
+        _save_tensors(temporary / "model.safetensors", tensors)
         write_json(temporary / "tokenizer.json", bundle.tokenizer.to_json())
         write_json(temporary / "config.json", {"version": VERSION, **bundle.info})
         if encoder is not None and not encoder.public:
@@ -97,8 +101,15 @@ def save_encoder(folder: Path, encoder: Encoder) -> None:
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.trunk.state_dict().items()}
-        save_file(tensors, temporary / "model.safetensors")
+        _save_tensors(temporary / "model.safetensors", tensors)
         write_json(temporary / "config.json", encoder.describe())
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # a full disk arrives as this
+        raise OSError(str(error)) from error
 
 
 def bundle_info(
@@ -140,8 +151,13 @@ def load_bundle(folder: Path) -> Bundle:
     _check_info(info, folder)
     tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json", GET_AGAIN))
     config = model_config(info["model"], info["architecture"])
-    with torch.device("meta"):  # shapes first: nothing is allocated for a bundle that does not fit
-        model = build_model(info["model"], config, tokenizer, tuple(info["feature"]["shape"]))
+    try:
+        with torch.device("meta"):  # shapes first: nothing is allocated for a bundle that does not fit
+            model = build_model(info["model"], config, tokenizer, tuple(info["feature"]["shape"]))
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CapGenError(f"{folder}/config.json: its values do not fit together ({error})", GET_AGAIN) from error
+    if info["feature"].get("output") != model.feature:
+        raise CapGenError(f"{folder}/config.json: a {info['model']} reads the output {model.feature!r}", GET_AGAIN)
     tensors = read_tensors(folder / "model.safetensors", {k: v.shape for k, v in model.state_dict().items()})
     model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     return Bundle(model.eval().requires_grad_(False), tokenizer, info, folder)
@@ -163,18 +179,23 @@ def _check_info(info: Any, folder: Path) -> None:
             raise CapGenError(f"{folder}/config.json: {key} is missing or is not a {kind.__name__}", GET_AGAIN)
     shape, encoder = info["feature"].get("shape"), info["encoder"]
     sizes = shape if isinstance(shape, list) else [0]
-    limits = {"d_model": 4096, "fc_dim": 16384, "n_decode": 64, "seq_len": 1024}
+    architecture = asdict(model_config(info["model"], info["architecture"]))
+    limits = {"d_model": 4096, "fc_dim": 16384, "n_decode": 64, "n_head": 256, "seq_len": 1024}
     possible = (
         all(isinstance(n, int) and 0 < n <= 10**5 for n in sizes)
         and info["extraction_dtype"] in ("float32", "bfloat16", "float16")
         and all(isinstance(encoder.get(key), str) for key in ("name", "weights_hash"))
         and isinstance(encoder.get("preprocessing"), dict)
-        and all(0 < info["architecture"].get(key, 1) <= limit for key, limit in limits.items())
+        and all(0 < architecture.get(key, 1) <= limit for key, limit in limits.items())
+        and isinstance(info.get("preset"), str | None)
+        and isinstance(info.get("training"), dict | None)
     )
     if not possible:
         raise CapGenError(f"{folder}/config.json holds values that are not possible", GET_AGAIN)
+    preprocessing_from_json(encoder["preprocessing"])
     decoding = from_dict(DecodingConfig, info["decoding"])
-    if not (1 <= decoding.beam <= 100 and 1 <= decoding.max_length <= 1024):
+    if not (1 <= decoding.beam <= LARGEST_BEAM and 1 <= decoding.max_length <= 1024
+            and abs(decoding.length_penalty) <= 10):  # fmt: skip
         raise CapGenError(f"{folder}/config.json: the decoding defaults are not possible", GET_AGAIN)
 
 
@@ -205,7 +226,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mapping
     """Write a training checkpoint in one file: tensors, and ``progress`` as JSON in its header."""
     with atomic_path(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"progress": json.dumps(progress)})
+        _save_tensors(temporary, contiguous, {"progress": json.dumps(progress)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

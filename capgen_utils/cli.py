@@ -125,7 +125,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from capgen_utils.recipes import make_trainer, prepare
+    from capgen_utils.recipes import make_trainer, model_settings, prepare
 
     preset = _chosen_preset(options)
     names = ("epochs", "batch_images", "learning_rate", "seed", "dtype")
@@ -134,6 +134,7 @@ def _train(options: argparse.Namespace) -> None:
         raise CapGenError("epochs, batch size, learning rate and seed are above zero", "see: capgen train --help")
     trackers = [name for name in ("tensorboard", "wandb") if getattr(options, name)]
     folder = options.output or data_dir() / "runs" / f"{preset.name}_{options.model}"
+    model_settings(preset, options.model)  # an unknown name is said before anything is trained or encoded
     prepared = prepare(preset, options.data, options.encoder_weights, options.limit)
     trainer = make_trainer(prepared, options.model, folder, replace(preset.training, **given), trackers=trackers)
     started = time.perf_counter()

@@ -39,11 +39,11 @@ class Preprocessing:
 
     def __call__(self, image: Image.Image, flip: bool = False) -> np.ndarray:
         """Return the pixels the encoder sees, uint8 (size, size, 3); ``flip`` mirrors left and right."""
-        if self.resize == "crop":
-            scale = self.size / min(image.size)
-            image = image.resize([max(self.size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-            left, top = ((side - self.size) // 2 for side in image.size)
-            image = image.crop((left, top, left + self.size, top + self.size))
+        if self.resize == "crop":  # the centre alone is resized: a narrow strip would grow to gigabytes first
+            side = min(image.size)
+            left, top = ((length - side) / 2 for length in image.size)
+            box = (left, top, left + side, top + side)
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
         elif image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         pixels = np.asarray(image)
@@ -75,13 +75,25 @@ class Encoder(nn.Module):
         public: bool = True,
     ) -> None:
         super().__init__()
-        self.name, self.preprocessing, self.outputs = name, preprocessing, dict(outputs)
+        self.name, self.outputs = name, dict(outputs)
         self.settings, self.public = dict(settings or {}), public
         self.training_run: dict[str, Any] | None = None
         self.trunk = trunk.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1), persistent=False)
+        self.preprocessing = preprocessing
         self.requires_grad_(False)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become input; setting it also sets the mean and deviation that ``forward`` applies."""
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, value: Preprocessing) -> None:
+        self._preprocessing = value
+        device = self.mean.device if hasattr(self, "mean") else None
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(value, name), device=device).view(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
 
     def train(self, mode: bool = True) -> "Encoder":
         """Stay in eval mode whatever is asked: BatchNorm statistics of a frozen encoder must not drift."""
@@ -160,7 +172,8 @@ def load_encoder_folder(folder: Path) -> Encoder:
     described = read_json(folder / "config.json", remedy)
     if not isinstance(described, dict) or described.get("name") != "shapes_cnn":
         raise CapGenError(f"{folder} holds no encoder that this version knows", remedy)
-    width = described.get("settings", {}).get("width")
+    settings = described.get("settings")
+    width = settings.get("width") if isinstance(settings, dict) else None
     if not isinstance(width, int) or not 8 <= width <= 1024 or width % 32:
         raise CapGenError(f"{folder}/config.json: the width {width!r} is not possible", remedy)
     encoder = new_shapes_cnn(width)
@@ -177,14 +190,29 @@ def load_weights(module: nn.Module, path: Path, remedy: str) -> None:
     Raises:
         CapGenError: unreadable, or other names or shapes than the module's.
     """
+    tensors = read_weights(path, remedy)
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise CapGenError(f"cannot load weights from {path}: {str(error)[:300]}", remedy) from error
+
+
+def read_weights(path: Path, remedy: str) -> dict[str, Tensor]:
+    """Read named tensors from a safetensors file or a ``.pth``.
+
+    Raises:
+        CapGenError: unreadable, or something else than named tensors.
+    """
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: runs no code
-        module.load_state_dict(tensors, strict=True)
     except Exception as error:
         raise CapGenError(f"cannot load weights from {path}: {str(error)[:300]}", remedy) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CapGenError(f"{path} holds something else than named tensors", remedy)
+    return tensors
 
 
 def efficientnet_lite0(weights: Path | None = None) -> Encoder:
@@ -202,7 +230,7 @@ def efficientnet_lite0(weights: Path | None = None) -> Encoder:
     path = weights or _lite0_file()
     trunk = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0, global_pool="")
     full = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    tensors = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    tensors = list(read_weights(path, _LITE0_REMEDY).values())
     own = full.state_dict()
     if [tuple(t.shape) for t in tensors] != [tuple(t.shape) for t in own.values()]:
         raise CapGenError(f"{path} does not hold EfficientNet-Lite0's weights", _LITE0_REMEDY)
@@ -302,8 +330,12 @@ def preprocessing_from_json(value: Mapping[str, Any]) -> Preprocessing:
     Raises:
         CapGenError: unknown fields or impossible values.
     """
-    known = {**value, "mean": tuple(value.get("mean", ())), "std": tuple(value.get("std", ()))}
-    result = from_dict(Preprocessing, known)
-    if not 8 <= result.size <= 2048 or result.resize not in ("squash", "crop") or not all(result.std):
+    channels = {key: value.get(key) for key in ("mean", "std")}
+    lists = all(isinstance(v, list | tuple) and len(v) == 3 for v in channels.values())
+    numbers = lists and all(type(x) in (int, float) and abs(x) <= 100 for v in channels.values() for x in v)
+    if not numbers or min(channels["std"]) < 1e-3:
+        raise CapGenError(f"the bundle's preprocessing {value} is not possible", "get the bundle again")
+    result = from_dict(Preprocessing, {**value, **{key: tuple(v) for key, v in channels.items()}})
+    if not 8 <= result.size <= 2048 or result.resize not in ("squash", "crop"):
         raise CapGenError(f"the bundle's preprocessing {value} is not possible", "get the bundle again")
     return result

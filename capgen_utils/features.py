@@ -19,7 +19,15 @@ from tqdm.auto import tqdm
 from capgen_utils.config import choose_device, choose_dtype, data_dir
 from capgen_utils.datasets import Manifest
 from capgen_utils.encoders import Encoder
-from capgen_utils.files import CapGenError, explain_os_errors, fingerprint, read_json, require_space, write_json
+from capgen_utils.files import (
+    CapGenError,
+    explain_os_errors,
+    fingerprint,
+    read_json,
+    require_space,
+    write_json,
+    write_text,
+)
 from capgen_utils.images import open_image
 
 FORMAT = 1
@@ -198,14 +206,18 @@ def _write_rows(
                 bar.update(len(names))
         stream.flush()
         os.fsync(stream.fileno())
-    if not log.exists():
-        return {}
-    return dict(json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
+    return _read_failures(log)
+
+
+def _read_failures(log: Path) -> dict[str, str]:
+    """A kill can tear the last line; the images of its batch have no rows yet, so they are looked at again."""
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+    return dict(json.loads(line) for line in lines)
 
 
 def _log_failures(log: Path, failed: dict[str, str]) -> None:
-    with open(log, "a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(pair) + "\n" for pair in failed.items())
+    failed_before = _read_failures(log)
+    write_text(log, "".join(json.dumps(pair) + "\n" for pair in (failed_before | failed).items()))
     for reason in failed.values():
         tqdm.write(f"skipped: {reason}")
 

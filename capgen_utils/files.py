@@ -55,9 +55,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary = holder / target.name
         try:
             yield temporary
+            replaced = holder / "replaced"
             if temporary.is_dir() and target.exists():
-                os.replace(target, holder / "replaced")
-            os.replace(temporary, target)
+                os.replace(target, replaced)
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if replaced.exists():
+                    os.replace(replaced, target)
+                raise
         finally:
             shutil.rmtree(holder, ignore_errors=True)
 

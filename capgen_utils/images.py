@@ -13,7 +13,8 @@ from capgen_utils.files import CapGenError
 MAX_PIXELS = 100_000_000  # a decoded RGB image of this size takes 300 MB
 MAX_BYTES = 200_000_000
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # an MPO of two pictures is opened by JPEG
+_TOO_LARGE = f"scale it to at most {MAX_PIXELS // 10**6} megapixels first"
 ImageLike = str | Path | Image.Image | np.ndarray
 
 
@@ -32,7 +33,10 @@ def open_image(source: ImageLike) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        try:  # an image that was opened but not loaded can still turn out to be damaged
+            return _to_rgb(source)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise CapGenError(f"the image cannot be read ({error})", "the file it came from is damaged") from error
     path = Path(source)
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -45,6 +49,8 @@ def open_image(source: ImageLike) -> Image.Image:
         raise
     except FileNotFoundError as error:
         raise CapGenError(f"there is no file {path}", "check the path") from error
+    except Image.DecompressionBombError as error:
+        raise CapGenError(f"{path} has too many pixels ({error})", _TOO_LARGE) from error
     except Exception as error:  # Pillow's parsers raise many kinds on damaged input
         raise CapGenError(f"{path} cannot be read as an image ({error})", _remedy(path)) from error
 
@@ -58,9 +64,7 @@ def _remedy(path: Path) -> str:
 def _to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS or not width or not height:
-        raise CapGenError(
-            f"{name} has {width} x {height} pixels", f"scale it to at most {MAX_PIXELS // 10**6} megapixels first"
-        )
+        raise CapGenError(f"{name} has {width} x {height} pixels", _TOO_LARGE)
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":

@@ -77,6 +77,19 @@ def prepare(
     return Prepared(preset, manifest, encoder, choose_dtype(device), tokenizer, data)
 
 
+def model_settings(preset: Preset, model_name: str) -> Any:
+    """Return the hyperparameters that ``preset`` has for a model.
+
+    Raises:
+        CapGenError: it has none.
+    """
+    if model_name not in preset.model:
+        raise CapGenError(
+            f"the preset {preset.name} has no model {model_name!r}", f"choose one of {', '.join(preset.model)}"
+        )
+    return preset.model[model_name]
+
+
 def make_trainer(
     prepared: Prepared,
     model_name: str,
@@ -98,11 +111,7 @@ def make_trainer(
         CapGenError: the preset says nothing of this model.
     """
     preset = prepared.preset
-    config = model_config or preset.model.get(model_name)
-    if config is None:
-        raise CapGenError(
-            f"the preset {preset.name} has no model {model_name!r}", f"choose one of {', '.join(preset.model)}"
-        )
+    config = model_config or model_settings(preset, model_name)
     training = training or preset.training
     torch.manual_seed(training.seed)
     shape = prepared.encoder.outputs["grid"]

@@ -86,7 +86,7 @@ def scores(captions: Mapping[str, str], references: Mapping[str, Any], manifest:
     result = bleu(captions, references)
     result["BLEU-4 on the wrong images"] = bleu(wrong, references)["BLEU-4"]
     result |= diversity(captions)
-    if (manifest.root / "scenes.json").is_file():
+    if any((folder / "scenes.json").is_file() for folder in (manifest.root, manifest.root.parent)):  # Images/ or above
         scenes = load_scenes(manifest.root)
         result |= judge(captions, {Path(name).name: scenes[Path(name).name] for name in captions})
     return {key: round(value, 4) for key, value in result.items()}

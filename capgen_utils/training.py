@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capgen_utils.batches import (
+    IGNORED,
     Batch,
     Chunk,
     TrainingData,
@@ -30,7 +31,7 @@ from capgen_utils.datasets import Manifest
 from capgen_utils.decoding import Specials, decode_features
 from capgen_utils.encoders import Encoder
 from capgen_utils.features import FeatureCache
-from capgen_utils.files import CapGenError, explain_os_errors, fingerprint, read_json, write_json
+from capgen_utils.files import CapGenError, explain_os_errors, fingerprint, read_json, write_json, write_text
 from capgen_utils.machine import machine
 from capgen_utils.metrics import bleu, diversity
 from capgen_utils.models import CaptionModel
@@ -127,8 +128,9 @@ class Trainer:
     def identity(self) -> str:
         """Hash of what must be the same for a checkpoint to be continued."""
         shapes = {k: list(v.shape) for k, v in self.model.state_dict().items()}
-        plain = self.data.plain
-        return fingerprint([shapes, asdict(self.config), len(self.tokenizer), plain.path.name, len(self.data.train)])
+        caches = [cache.path.name for cache in (self.data.plain, self.data.flipped) if cache is not None]
+        settings = [asdict(self.model.config), asdict(self.config), self.tokenizer.to_json()]
+        return fingerprint([shapes, settings, caches, len(self.data.train)])
 
     def train(self) -> Progress:
         """Train to the end, or go on from the checkpoint of a run that was stopped.
@@ -157,7 +159,10 @@ class Trainer:
         for number, (items, flips) in enumerate(batches):
             if number < self.progress.batch:
                 continue  # done before the run was stopped
-            self._train_step(make_batch(items, flips, self.data, self.tokenizer, self.model.config.seq_len))
+            # Where fewer images are left than processes, one takes part in the step with an image that does not count.
+            items, flips, idle = (items, flips, False) if items else (list(self.data.train.items[:1]), [False], True)
+            batch = make_batch(items, flips, self.data, self.tokenizer, self.model.config.seq_len)
+            self._train_step(batch, idle)
             self.progress.batch += 1
             bar.update()
             bar.set_postfix(loss=f"{self.progress.epoch_loss / max(1, self.progress.epoch_tokens):.3f}", refresh=False)
@@ -166,9 +171,11 @@ class Trainer:
                 started = time.perf_counter()
         self._end_epoch(started)
 
-    def _train_step(self, batch: Batch) -> None:
+    def _train_step(self, batch: Batch, idle: bool = False) -> None:
         batch = batch.to(self.accelerator.device)
         chunks = chunks_by_length(batch, self.tokenizer.pad_id)
+        if idle:
+            chunks = [replace(chunk, targets=torch.full_like(chunk.targets, IGNORED)) for chunk in chunks]
         self._set_learning_rate()
         with self.accelerator.autocast():
             total = self.step_module(batch.features.float(), chunks, self.config.label_smoothing)
@@ -215,7 +222,7 @@ class Trainer:
         progress.history.append(entry)
         progress.epoch, progress.batch, progress.epoch_loss, progress.epoch_tokens = progress.epoch + 1, 0, 0.0, 0
         waited = progress.epoch - 1 - progress.best_epoch
-        progress.done = progress.epoch >= self.config.epochs or waited >= self.config.patience
+        progress.done = last or ("BLEU-4" in entry and waited >= self.config.patience)
         self._log(entry)
         self._save(time.perf_counter())
 
@@ -281,8 +288,9 @@ class Trainer:
     def _log(self, entry: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
             return
-        with explain_os_errors(self.folder), open(self.folder / "log.jsonl", "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        # Written whole: a run that was killed between log and checkpoint must not log an epoch twice.
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.progress.history]
+        write_text(self.folder / "log.jsonl", "".join(lines))
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
         self.accelerator.log(numbers, step=self.progress.step)
         tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))

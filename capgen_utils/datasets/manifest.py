@@ -60,9 +60,15 @@ class Manifest:
         return replace(self, items=chosen)
 
     def limit(self, count: int | None) -> "Manifest":
-        """Return the first ``count`` images of every split (all of them for ``None``)."""
+        """Return the first ``count`` images of every split (all of them for ``None``).
+
+        Raises:
+            CapGenError: ``count`` is below 1.
+        """
         if count is None:
             return self
+        if count < 1:
+            raise CapGenError(f"{count} images of each split are not possible", "ask for 1 or more")
         kept = [item for split in self.split_names() for item in self.split(split).items[:count]]
         return replace(self, items=tuple(kept))
 

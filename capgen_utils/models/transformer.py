@@ -1,6 +1,7 @@
 """ResNet + transformer: a decoder that looks at the image grid through cross-attention ("Attention is all you need",
 arXiv 1706.03762, in its pre-norm form, arXiv 2002.04745)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -53,6 +54,22 @@ class TransformerState:
         same = memory is self.memory and torch.equal(image, self.image)
         grouping = self.grouping if same else Grouping(image, memory.keys.shape[1])
         return TransformerState(memory, image, self.keys[:, rows], self.values[:, rows], grouping)
+
+
+def sinusoids(places: Tensor, width: int) -> Tensor:
+    """Sines and cosines of ``places`` (N,) at wavelengths from 2 pi to 10000 x 2 pi: (N, width)."""
+    rates = 10000 ** (-torch.arange(0, width, 2) / width)
+    angles = places[:, None] * rates  # (N, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+
+
+def grid_sinusoids(positions: int, width: int) -> Tensor:
+    """Sines and cosines of row and column, half of the width each, for a square grid; one axis for any other."""
+    side = math.isqrt(positions)
+    if side * side != positions:
+        return sinusoids(torch.arange(positions), width)
+    row, column = torch.arange(positions) // side, torch.arange(positions) % side
+    return torch.cat([sinusoids(row, width // 2), sinusoids(column, width - width // 2)], dim=1)
 
 
 class DecoderLayer(nn.Module):
@@ -151,12 +168,19 @@ class TransformerCaptioner(CaptionModel):
         self._initialise()
 
     def _initialise(self) -> None:
-        for parameter in (self.image_position, self.position, self.embedding.weight):
-            nn.init.normal_(parameter, std=0.02)
+        """Every signal starts at about unit size: words, their places, image vectors, and their places too."""
+        width = self.config.d_model
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
+        for layer in self.decoder_layers():
+            for last in (layer.self_out, layer.cross_out, layer.feed[2]):  # so that the sum of all layers stays small
+                nn.init.normal_(last.weight, std=(3 * self.config.n_decode * last.in_features) ** -0.5)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        with torch.no_grad():
+            self.position.copy_(sinusoids(torch.arange(self.config.seq_len), width))
+            self.image_position.copy_(grid_sinusoids(len(self.image_position), width))
 
     def decoder_layers(self) -> list[DecoderLayer]:
         """Return the layers from the first to the last."""
@@ -165,7 +189,7 @@ class TransformerCaptioner(CaptionModel):
     def encode(self, features: Tensor) -> TransformerMemory:
         """(B, N, D) grid features -> keys and values of every layer."""
         x = self.image_projection(features)
-        x = self.image_norm(x + self.image_position)  # (B, N, d_model)
+        x = self.image_norm(x) + self.image_position  # (B, N, d_model)
         x = dropout(x, self.config.dropout, self.training)
         keys_values = self.cross_keys_values(x)  # (B, N, 2 * layers * d_model)
         keys_values = keys_values.unflatten(-1, (2, self.config.n_decode, self.config.n_head, -1))
@@ -179,13 +203,17 @@ class TransformerCaptioner(CaptionModel):
             hidden[:, 0] = False  # the start token is no word
             tokens = tokens.masked_fill(hidden, self.unk_id)
         grouping = Grouping(image, memory.keys.shape[1])
-        x = self.embedding(tokens) + self.position[: tokens.shape[1]]  # (M, T, d_model)
+        x = self.embed(tokens) + self.position[: tokens.shape[1]]  # (M, T, d_model)
         x = dropout(x, self.config.dropout, self.training)
         for i, layer in enumerate(self.decoder_layers()):
             x = layer.add_self(x, *layer.project_self(x), causal=True)
             x, _ = layer.add_cross(x, memory.keys[i], memory.values[i], grouping)
             x = layer.add_feed(x)
         return self.logits(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (...) -> (..., d_model), scaled to unit size: the same matrix also scores the output."""
+        return self.embedding(tokens) * self.config.d_model**0.5
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d_model) -> (..., V); the output matrix is the embedding (arXiv 1608.05859)."""
@@ -203,7 +231,7 @@ class TransformerCaptioner(CaptionModel):
     ) -> tuple[Tensor, TransformerState, Mapping[str, Tensor]]:
         """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
         at = state.keys.shape[3]
-        x = self.embedding(tokens)[:, None] + self.position[at]  # (M, 1, d_model)
+        x = self.embed(tokens)[:, None] + self.position[at]  # (M, 1, d_model)
         keys, values, weights = [], [], {}
         for i, layer in enumerate(self.decoder_layers()):
             query, key, value = layer.project_self(x)

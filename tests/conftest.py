@@ -1,0 +1,109 @@
+"""What all tests share: a private data folder, the real Flickr8k where there is one, and one trained captioner."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, need
+
+__all__ = ["need"]
+
+TRAINING_LIMIT = 2400  # seconds for a test that may have to wait for the one training run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep every test away from the reader's data folder.
+
+    CAPGEN_DATA_FOR_TESTS names a folder to use again, and with it a training run that is finished already.
+    """
+    given = os.environ.get("CAPGEN_DATA_FOR_TESTS")
+    folder = Path(given).resolve() if given else tmp_path_factory.mktemp("capgen-data")
+    folder.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("CAPGEN_DATA")
+    os.environ["CAPGEN_DATA"] = str(folder)
+    yield folder
+    os.environ.pop("CAPGEN_DATA")
+    if before is not None:
+        os.environ["CAPGEN_DATA"] = before
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Start every test from the same random state."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def flickr8k() -> Path:
+    """Return the folder of the real Flickr8k."""
+    given = os.environ.get("CAPGEN_FLICKR8K", "")
+    need("the real Flickr8k (CAPGEN_FLICKR8K names its folder)", given and Path(given).is_dir())
+    return Path(given)
+
+
+@dataclass(frozen=True)
+class ShapesRun:
+    """The one run of ``capgen train --preset shapes``."""
+
+    data: Path
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.data / "runs" / "shapes_transformer"
+
+    @property
+    def bundle(self) -> Path:
+        """The trained captioner."""
+        return self.folder / "bundle"
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """One entry an epoch."""
+        lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def shapes_run(private_data: Path) -> ShapesRun:
+    """Train the shapes captioner once, by the real command line; a finished run is found again."""
+    command = [sys.executable, "-m", "capgen_utils", "train", "--preset", "shapes"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TRAINING_LIMIT, check=False)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    run = ShapesRun(private_data)
+    assert run.bundle.is_dir()
+    return run
+
+
+@pytest.fixture(scope="session")
+def shapes_evaluation(shapes_run: ShapesRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Score the shapes captioner on its test split by the real command line; returns the folder of the results."""
+    output = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "capgen_utils", "evaluate", "--bundle", str(shapes_run.bundle)]
+    done = subprocess.run(
+        [*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (output / "stdout.txt").write_text(done.stdout)
+    return output
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests that may wait for the training run the time for it."""
+    for item in items:
+        if "shapes_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TRAINING_LIMIT))

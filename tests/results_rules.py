@@ -1,0 +1,48 @@
+"""What a results file has to hold, for those that tests write and those that the repository holds."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+SCORES = {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "BLEU-4 on the wrong images", "distinct", "mean_length", "unk"}
+PROTOCOL = {
+    "dataset", "split", "images", "images_in_split", "references", "BLEU", "decoding", "encoder", "encoder_weights",
+    "extraction_dtype", "seed", "revision",
+}  # fmt: skip
+MACHINE = {"cpu", "cores", "threads", "load", "accelerator", "python", "versions"}
+VERSIONS = {"torch", "torchvision", "timm", "transformers", "accelerate", "numpy", "pillow", "nltk"}
+PATH = re.compile(r"(?:^|[\s\"'=])(?:/[\w.-]+/[\w./-]+|[A-Za-z]:\\)")
+
+
+def strings(value: Any) -> list[str]:
+    """Return every string in a JSON value."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [s for v in inner for s in strings(v)]
+
+
+def problems(result: dict[str, Any], host: str = "") -> list[str]:
+    """Return what is missing from the results of an evaluation, or should not be there."""
+    found = []
+    for part, keys in (("scores", SCORES), ("protocol", PROTOCOL), ("machine", MACHINE)):
+        found += [f"{part} lacks {key}" for key in sorted(keys - set(result.get(part) or {}))]
+    found += [f"no version of {v}" for v in sorted(VERSIONS - set((result.get("machine") or {}).get("versions") or {}))]
+    found += [f"lacks {key}" for key in ("model", "parameters", "date", "captions_per_second") if not result.get(key)]
+    protocol = result.get("protocol") or {}
+    found += [f"protocol has no {key}" for key in ("encoder", "encoder_weights", "revision") if not protocol.get(key)]
+    found += [f"holds the path {s[:60]!r}" for s in strings(result) if PATH.search(s)]
+    if len(host) > 3:
+        found += [f"holds the host name in {s[:60]!r}" for s in strings(result) if host in s]
+    return found
+
+
+def prediction_problems(path: Path) -> list[str]:
+    """Return what keeps a file from being captions in COCO's results format."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(rows, list) or not rows:
+        return ["it is no list of captions"]
+    wrong = [row for row in rows if not isinstance(row, dict) or set(row) != {"image_id", "caption"}]
+    twice = len(rows) - len({str(row.get("image_id")) for row in rows if isinstance(row, dict)})
+    return [f"{len(wrong)} rows have other keys"] * bool(wrong) + [f"{twice} images come twice"] * bool(twice)

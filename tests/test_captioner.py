@@ -1,0 +1,106 @@
+"""``Captioner``: one image or many, whatever they come as; a bad one among many spoils only itself."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import PHOTOS, save_tiny_bundle
+from PIL import Image
+
+from capgen_utils import Captioner
+from capgen_utils.captioner import Caption
+from capgen_utils.files import CapGenError
+
+PATHS = sorted(PHOTOS.glob("*.jpg"))[:5]
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
+    folder = tmp_path_factory.mktemp("captioner") / "bundle"
+    save_tiny_bundle(folder)
+    return Captioner.from_bundle(folder, "cpu")
+
+
+def test_an_image_is_the_same_however_it_comes(captioner: Captioner) -> None:
+    path = PATHS[0]
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    forms: list[Any] = [path, str(path), image, np.asarray(image), np.asarray(image) / 255.0]
+    said = [captioner.caption(form) for form in forms]
+    assert all(len(captions) == 1 and captions[0] == said[0][0] for captions in said)
+    assert [c.text for c in captioner.caption(forms)] == [said[0][0].text] * 5, "also all of them in one list"
+    assert [c.text for c in captioner.caption(tuple(forms[:2]))] == [said[0][0].text] * 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_the_batch_size_changes_nothing(captioner: Captioner, batch_size: int) -> None:
+    texts = [c.text for c in captioner.caption(PATHS, batch_size=batch_size)]
+    assert texts == [captioner.caption(path)[0].text for path in PATHS]
+
+
+def test_a_caption_says_how_sure_it_is_and_what_else_was_considered(captioner: Captioner) -> None:
+    for caption in captioner.caption(PATHS, beam=3):
+        assert isinstance(caption, Caption) and caption.text == " ".join(caption.words)
+        assert caption.log_probability < 0
+        assert 1 <= len(caption.candidates) <= 3 and caption.candidates[0].text == caption.text
+        scores = [c.score for c in caption.candidates]
+        assert scores == sorted(scores, reverse=True)
+        assert not {"<unk>", "<start>", "<pad>", "<end>"} & set(caption.words)
+
+
+def test_options_replace_the_bundles_own(captioner: Captioner) -> None:
+    assert len(captioner.caption(PATHS[0])[0].candidates) == 2, "the bundle's own beam"
+    assert len(captioner.caption(PATHS[0], beam=1)[0].candidates) == 1
+    short = captioner.caption(PATHS, max_length=2)
+    assert all(len(c.words) <= 2 for c in short)
+    assert all(c.ended or len(c.words) == 2 for c in short)
+
+
+@pytest.mark.parametrize("options", [{"beam": 0}, {"beam": -1}, {"beam": 10**9}, {"max_length": 0}, {"max_length": -2},
+                                     {"max_length": 10**6}, {"max_length": 16}], ids=str)  # fmt: skip
+def test_impossible_options_are_refused(captioner: Captioner, options: dict) -> None:
+    with pytest.raises(CapGenError) as error:
+        captioner.caption(PATHS[0], **options)
+    assert error.value.remedy
+
+
+def test_nothing_gives_nothing(captioner: Captioner) -> None:
+    assert captioner.caption([]) == []
+    assert list(captioner.caption_each([])) == []
+
+
+def test_a_bad_image_is_named(captioner: Captioner, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_text("no image")
+    for images in (tmp_path / "bad.jpg", [PATHS[0], tmp_path / "bad.jpg"], [tmp_path / "gone.jpg"]):
+        with pytest.raises(CapGenError, match=r"(bad|gone)\.jpg"):
+            captioner.caption(images)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_a_bad_image_among_many_spoils_only_itself(captioner: Captioner, tmp_path: Path, batch_size: int) -> None:
+    (tmp_path / "bad.jpg").write_text("no image")
+    paths = [PATHS[0], tmp_path / "bad.jpg", PATHS[1], tmp_path / "gone.jpg", PATHS[2]]
+    results = list(captioner.caption_each(paths, batch_size=batch_size))
+    assert [path for path, _ in results] == paths
+    assert [isinstance(result, CapGenError) for _, result in results] == [False, True, False, True, False]
+    for path, result in results:
+        if isinstance(result, CapGenError):
+            assert path.name in result.problem
+        else:
+            assert result.text == captioner.caption(path)[0].text
+
+
+def test_many_images_are_captioned_as_they_are_asked_for(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    real = captioner._caption_batch
+    monkeypatch.setattr(captioner, "_caption_batch", lambda images, *a: batches.append(len(images)) or real(images, *a))
+    first = list(itertools.islice(captioner.caption_each(PATHS, batch_size=2), 1))
+    assert len(first) == 1 and batches == [2], "the other batches wait until they are asked for"
+
+
+def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
+    save_tiny_bundle(tmp_path / "b")
+    with pytest.raises(CapGenError, match="device"):
+        Captioner.from_bundle(tmp_path / "b", "abacus")

@@ -1,0 +1,210 @@
+"""The command line: help, errors that end with code 2 and without a traceback, bulk captions, Ctrl-C."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import PHOTOS, ROOT, capgen, save_tiny_bundle
+
+from capgen_utils import __version__, cli
+from capgen_utils.files import CapGenError
+
+COMMANDS = ("doctor", "download", "pretrain", "train", "evaluate", "caption", "course")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "bundle"
+    save_tiny_bundle(folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run a command in this process; returns its code, output and errors."""
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0 and f"capgen {command}" in out
+    options = [line.split()[0] for line in out.splitlines() if line.startswith("  --")]
+    assert len(options) == len(set(options))
+
+
+def test_help_lists_the_commands_and_nothing_else_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(command in out for command in COMMANDS)
+    assert run(capsys, "--version")[1].strip() == f"capgen {__version__}"
+    for wrong in ([], ["conjure"]):
+        code, _, err = run(capsys, *wrong)
+        assert code == 2 and "usage" in err
+
+
+def test_the_installed_command_is_the_module() -> None:
+    done = capgen("--version")
+    assert done.returncode == 0 and done.stdout.strip() == f"capgen {__version__}"
+    script = Path(sys.executable).parent / "capgen"
+    if script.exists():
+        assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == done.stdout
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[list[str], str]] = [
+    (["train", "--preset", "flickr9k"], "flickr8k"),
+    (["train", "--preset", "shapes", "--encoder", "resnet51"], "resnet50"),
+    (["train", "--preset", "shapes", "--model", "lstm9000"], "transformer"),
+    (["train", "--preset", "shapes", "--epochs", "0"], "above zero"),
+    (["train", "--preset", "shapes", "--learning-rate", "-1"], "above zero"),
+    (["train", "--preset", "shapes", "--limit", "0"], "1 or more"),
+    (["train", "--preset", "shapes", "--limit", "-2"], "1 or more"),
+    (["train", "--preset", "flickr8k", "--data", "nowhere"], "nowhere"),
+    (["train", "--preset", "folder"], "folder"),
+    (["train", "--preset", "shapes", "--encoder-weights", "nowhere.pth"], "nowhere.pth"),
+    (["pretrain", "--preset", "flickr8k"], "pre-training"),
+    (["download", "flickr9k"], "flickr8k"),
+    (["evaluate", "--bundle", "nowhere"], "nowhere"),
+    (["evaluate", "--bundle", "BUNDLE", "--dataset", "flickr9k"], "flickr8k"),
+    (["evaluate", "--bundle", "BUNDLE", "--split", "validation"], "test"),
+    (["evaluate", "--bundle", "BUNDLE", "--beam", "0"], "1 or more"),
+    (["caption", "nowhere.jpg"], "nowhere.jpg"),
+    (["caption", "--bundle", "nowhere", "PHOTO"], "nowhere"),
+    (["caption", "--bundle", "BUNDLE", "--device", "abacus", "PHOTO"], "abacus"),
+    (["caption", "--bundle", "BUNDLE", "--beam", "0", "PHOTO"], "beam"),
+    (["caption", "--bundle", "BUNDLE", "--max-length", "99", "PHOTO"], "at most"),
+    (["caption", "--bundle", "BUNDLE", "--encoder-weights", "nowhere", "PHOTO"], "nowhere"),
+    (["course", "--preset", "flickr9k"], "flickr8k"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
+def test_errors_say_what_to_do_and_end_with_2(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    bundle: Path,
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CAPGEN_FLICKR8K", raising=False)
+    from capgen_utils import recipes
+
+    monkeypatch.setattr(recipes, "pretrain_encoder", lambda *a: pytest.fail("began to train"))
+    if arguments[0] == "pretrain":
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+    names = {"BUNDLE": str(bundle), "PHOTO": str(PHOTOS / "cat_on_deck.jpg")}
+    code, _, err = run(capsys, *(names.get(a, a) for a in arguments))
+    assert code == 2
+    last = err[("\n" + err).rindex("\ncapgen: ") :]  # progress bars may stand before it
+    assert last.startswith("capgen: ") and "\n  -> " in last and said in last
+    assert "Traceback" not in err
+
+
+def test_errors_of_a_real_process_have_no_traceback(tmp_path: Path) -> None:
+    done = capgen("caption", "nowhere.jpg", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("capgen: there is no file or folder nowhere.jpg") and "Traceback" not in done.stderr
+
+
+# --- captions -------------------------------------------------------------------------------------------------------
+
+
+def test_one_photo_gives_one_line(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    code, out, err = run(capsys, "caption", "--bundle", bundle, PHOTOS / "cat_on_deck.jpg")
+    assert code == 0 and err == "" and len(out.splitlines()) == 1 and "cat_on_deck" not in out
+
+
+def test_a_folder_gives_a_line_a_photo(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    code, out, _ = run(capsys, "caption", "--bundle", bundle, PHOTOS)
+    names = sorted(p.name for p in PHOTOS.glob("*.jpg"))
+    assert code == 0 and [Path(line.split(": ")[0]).name for line in out.splitlines()] == names
+
+
+def test_json_lines_can_be_read_back(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    photos = sorted(PHOTOS.glob("*.jpg"))[:2]
+    code, out, _ = run(capsys, "caption", "--json", "--beam", "3", "--bundle", bundle, *photos)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["image"] for row in rows] == [str(p) for p in photos]
+    for row in rows:
+        assert row["caption"] == row["candidates"][0]["text"]
+        assert all(c["log_probability"] < 0 for c in row["candidates"])
+
+
+def test_a_bad_photo_among_good_ones(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
+    shutil.copy(PHOTOS / "cat_on_deck.jpg", tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_text("no image")
+    code, out, err = run(capsys, "caption", "--bundle", bundle, tmp_path)
+    assert code == 1 and len(out.splitlines()) == 1 and "b.jpg" in err and "1 of 2" in err
+    assert run(capsys, "caption", "--bundle", bundle, tmp_path / "b.jpg")[0] == 2
+
+
+def test_a_reader_that_leaves_is_no_error(bundle: Path) -> None:
+    photos = sorted(PHOTOS.glob("*.jpg"))
+    command = [sys.executable, "-m", "capgen_utils", "caption", "--bundle", str(bundle), *map(str, photos * 3)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert first.stdout is not None and first.stderr is not None
+    first.stdout.close()
+    err = first.stderr.read()
+    first.wait(timeout=60)
+    assert "Traceback" not in err and "BrokenPipe" not in err
+
+
+# --- stopped --------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_says_that_the_run_goes_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", stop)
+    code, _, err = run(capsys, "doctor")
+    assert code == 130 and "goes on where it was" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_in_a_real_process_has_no_traceback(tmp_path: Path) -> None:
+    script = "import sys; from capgen_utils import cli\nimport time\n"
+    script += "def wait(options):\n    print('now', flush=True)\n    time.sleep(60)\n"
+    script += "cli._doctor = wait\nsys.exit(cli.main(['doctor']))"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    assert process.stdout is not None and process.stdout.readline().strip() == "now"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err and "goes on" in err
+
+
+def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(options: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_doctor", bug)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_a_capgen_error_is_two_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(options: Any) -> None:
+        raise CapGenError("the cup is empty", "fill it")
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    assert run(capsys, "doctor") == (2, "", "capgen: the cup is empty\n  -> fill it\n")

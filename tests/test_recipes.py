@@ -1,0 +1,89 @@
+"""From a preset to a trained captioner, in small: the real shapes, a few of them, and a few steps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from capgen_utils import Captioner, shapes
+from capgen_utils.checkpoint import load_bundle
+from capgen_utils.config import PRESETS, DecodingConfig, Preset
+from capgen_utils.files import CapGenError
+from capgen_utils.recipes import make_trainer, model_settings, prepare, pretrain_encoder
+from capgen_utils.text import tokenise
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Preset]:
+    """A folder of 40 scenes, and the shapes preset in small."""
+    folder = tmp_path_factory.mktemp("recipes")
+    shapes.generate(folder / "shapes", 40)
+    preset = PRESETS["shapes"]
+    assert preset.pretraining is not None
+    tiny = replace(preset.model["transformer"], d_model=32, fc_dim=64, n_decode=1)
+    changed = {"epochs": 1, "batch_images": 8, "dtype": "fp32"}
+    return folder, replace(
+        preset, model={"transformer": tiny}, training=replace(preset.training, **changed),
+        pretraining=replace(preset.pretraining, **changed), decoding=DecodingConfig(beam=1, max_length=10),
+    )  # fmt: skip
+
+
+def test_from_drawings_to_captions(small: tuple[Path, Preset], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, preset = small
+    monkeypatch.setenv("CAPGEN_DATA", str(folder / "data"))
+    prepared = prepare(preset, folder / "shapes")
+    encoder_files = folder / "data" / "encoders" / "shapes_cnn"
+    written = (encoder_files / "model.safetensors").stat().st_mtime_ns
+    train_words = {w for c in prepared.manifest.split("train").captions() for w in tokenise(c)}
+    assert set(prepared.tokenizer.to_json()["words"]) == train_words, "from the training captions alone"
+    assert prepared.data.flipped is None and len(prepared.data.train) == 32 and len(prepared.data.dev) == 4
+    assert not any(p.requires_grad for p in prepared.encoder.parameters())
+
+    trainer = make_trainer(prepared, "transformer", folder / "run")
+    progress = trainer.train()
+    assert progress.epoch == 1
+    bundle = load_bundle(folder / "run" / "bundle")
+    assert bundle.info["preset"] == "shapes" and bundle.info["encoder"]["name"] == "shapes_cnn"
+    photo = prepared.manifest.path(prepared.manifest.split("test").items[0])
+    assert Captioner.from_bundle(folder / "run" / "bundle", "cpu").caption(photo)
+
+    again = prepare(preset, folder / "shapes")
+    assert (encoder_files / "model.safetensors").stat().st_mtime_ns == written, "the encoder is trained once"
+    assert again.encoder.weights_hash() == prepared.encoder.weights_hash()
+    assert again.data.plain.path == prepared.data.plain.path
+
+
+def test_pretraining_changes_the_encoder_and_leaves_no_captioner_in_it(small: tuple[Path, Preset]) -> None:
+    folder, preset = small
+    target = pretrain_encoder(preset, folder / "shapes", folder / "encoder")
+    described = json.loads((target / "config.json").read_text())
+    assert described["name"] == "shapes_cnn" and not described["public"]
+    from safetensors.torch import load_file
+
+    from capgen_utils.encoders import load_encoder_folder, new_shapes_cnn
+
+    tensors = load_file(target / "model.safetensors")
+    assert set(tensors) == set(new_shapes_cnn().trunk.state_dict())
+    assert preset.pretraining is not None
+    torch.manual_seed(preset.pretraining.seed)
+    assert not torch.equal(tensors["0.weight"], new_shapes_cnn().trunk[0].weight)
+    assert load_encoder_folder(target).weights_hash() == described["weights_hash"]
+
+
+def test_a_limit_is_a_quick_look(small: tuple[Path, Preset], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, preset = small
+    monkeypatch.setenv("CAPGEN_DATA", str(folder / "data"))
+    prepared = prepare(preset, folder / "shapes", limit=3)
+    assert len(prepared.data.train) == 3 and len(prepared.data.dev) == 3
+
+
+def test_only_some_encoders_are_trained_here() -> None:
+    with pytest.raises(CapGenError, match="no pre-training"):
+        pretrain_encoder(PRESETS["flickr8k"])
+
+
+def test_a_model_that_the_preset_does_not_know() -> None:
+    with pytest.raises(CapGenError, match="transformer"):
+        model_settings(PRESETS["shapes"], "lstm9000")
