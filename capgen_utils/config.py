@@ -175,7 +175,7 @@ PRESETS: dict[str, Preset] = {
                     dropout=0.3,
                 )
             },  # fmt: skip
-            training=TrainingConfig(epochs=22, batch_images=64, learning_rate=8e-4, average=0.999, patience=6),
+            training=TrainingConfig(epochs=17, batch_images=64, learning_rate=8e-4, average=0.999, patience=6),
             decoding=DecodingConfig(beam=5, max_length=25, length_penalty=0.7),
         ),
         Preset(name="flickr30k", dataset="flickr30k", encoder="resnet50", flip=True),

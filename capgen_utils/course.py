@@ -240,7 +240,7 @@ def offline(page: str) -> str:
 
 
 def _unless_from_elsewhere(script: re.Match[str]) -> str:
-    return "" if re.search(r"[\"'](?:https?:)?//", script[0]) else script[0]
+    return "" if re.search(r"<script\b[^>]*\ssrc=|[\"'](?:https?:)?//|MathJax", script[0]) else script[0]
 
 
 def index_page(outcomes: Sequence[Outcome], preset: str) -> str:

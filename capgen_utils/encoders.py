@@ -89,6 +89,7 @@ class Encoder(nn.Module):
 
     @preprocessing.setter
     def preprocessing(self, value: Preprocessing) -> None:
+        """See the getter."""
         self._preprocessing = value
         device = self.mean.device if hasattr(self, "mean") else None
         for name in ("mean", "std"):
@@ -330,12 +331,12 @@ def preprocessing_from_json(value: Mapping[str, Any]) -> Preprocessing:
     Raises:
         CapGenError: unknown fields or impossible values.
     """
-    channels = {key: value.get(key) for key in ("mean", "std")}
-    lists = all(isinstance(v, list | tuple) and len(v) == 3 for v in channels.values())
-    numbers = lists and all(type(x) in (int, float) and abs(x) <= 100 for v in channels.values() for x in v)
-    if not numbers or min(channels["std"]) < 1e-3:
+    given = [value.get(key) for key in ("mean", "std")]
+    mean, std = (tuple(v) if isinstance(v, list | tuple) else () for v in given)
+    numbers = all(type(x) in (int, float) and abs(x) <= 100 for x in mean + std)
+    if len(mean) != 3 or len(std) != 3 or not numbers or min(std) < 1e-3:
         raise CapGenError(f"the bundle's preprocessing {value} is not possible", "get the bundle again")
-    result = from_dict(Preprocessing, {**value, **{key: tuple(v) for key, v in channels.items()}})
+    result = from_dict(Preprocessing, {**value, "mean": mean, "std": std})
     if not 8 <= result.size <= 2048 or result.resize not in ("squash", "crop"):
         raise CapGenError(f"the bundle's preprocessing {value} is not possible", "get the bundle again")
     return result
