@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PICTURED = "dog_panting.jpg"
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -114,9 +115,26 @@ def fill(text: str) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}{FIGURES[block[2]]()}\n{block[3]}", text)
 
 
+def picture() -> None:
+    """Draw a sample photograph, its caption, and where the captioner looked for each word, into results/caption.png."""
+    from capgen_utils import Captioner
+    from capgen_utils.plots import attention_panel
+
+    captioner = Captioner.from_bundle()
+    photo = REPOSITORY / "data" / "photos" / PICTURED
+    caption, looked = captioner.attention(photo)
+    last = list(looked)[-1]
+    columns = -(-(len(caption.words) + 1) // 2)
+    figure = attention_panel(photo, caption.words, looked[last], captioner.encoder.preprocessing, columns)
+    figure.suptitle(caption.text, fontsize=14)
+    figure.savefig(REPOSITORY / "results" / "caption.png", dpi=80)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
     from capgen_utils.files import write_text
+
+    picture()
 
     readme = REPOSITORY / "README.md"
     write_text(readme, fill(readme.read_text(encoding="utf-8")))

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from capgen_utils.checkpoint import LARGEST_BEAM, Bundle, load_bundle
-from capgen_utils.config import choose_device
+from capgen_utils.config import DecodingConfig, choose_device
 from capgen_utils.decoding import Hypothesis, Specials, decode_features
 from capgen_utils.encoders import Encoder
 from capgen_utils.features import encode_images
@@ -100,41 +101,65 @@ class Captioner:
             CapGenError: an image cannot be read (names it), or the options are not possible.
         """
         many: Sequence[Any] = images if is_many(images) else [images]  # type: ignore[assignment]
-        return [c for start in range(0, len(many), batch_size)
-                for c in self._caption_batch(many[start : start + batch_size], beam, max_length)]  # fmt: skip
+        decoding = self._decoding(beam, max_length)
+        parts = (many[start : start + batch_size] for start in range(0, len(many), batch_size))
+        return [caption for part in parts for caption in self._caption_batch(part, decoding)]
 
     def caption_each(
         self, paths: Sequence[Path], beam: int | None = None, max_length: int | None = None, batch_size: int = 32
     ) -> Iterator[tuple[Path, Caption | CapGenError]]:
         """Caption many files, yielding each with its caption, or with the error that its image caused."""
+        decoding = self._decoding(beam, max_length)
         for start in range(0, len(paths), batch_size):
             part = paths[start : start + batch_size]
             try:
-                yield from zip(part, self._caption_batch(part, beam, max_length), strict=True)
+                captions: Sequence[Caption | CapGenError] = self._caption_batch(part, decoding)
             except CapGenError:  # find the ones that are to blame
-                for path in part:
-                    try:
-                        yield path, self._caption_batch([path], beam, max_length)[0]
-                    except CapGenError as error:
-                        yield path, error
+                captions = [self._caption_or_error(path, decoding) for path in part]
+            yield from zip(part, captions, strict=True)
 
-    def _caption_batch(self, images: Sequence[Any], beam: int | None, max_length: int | None) -> list[Caption]:
-        if not len(images):
-            return []
-        decoding = self.bundle.decoding
-        decoding = replace(
-            decoding,
-            beam=decoding.beam if beam is None else beam,
-            max_length=decoding.max_length if max_length is None else max_length,
-        )
+    def attention(self, image: ImageLike, beam: int | None = None) -> tuple[Caption, dict[str, Tensor]]:
+        """Caption one image and say where the captioner looked for each word.
+
+        Returns:
+            The caption, and for each layer the weights (words, heads, N) over the encoder's grid; rows sum to 1.
+
+        Raises:
+            CapGenError: as ``caption``.
+        """
+        features = self._features([image])
+        hypotheses = decode_features(self.model, features, self.specials, self._decoding(beam, None))[0]
+        looked: dict[str, list[Tensor]] = {}
+        with torch.inference_mode():
+            state = self.model.start(self.model.encode(features.to(self.device).float()))
+            for token in (self.specials.start, *hypotheses[0].tokens[:-1]):  # reading it, the model says the next
+                _, state, weights = self.model.step(torch.tensor([token], device=self.device), state, attention=True)
+                for name, value in weights.items():
+                    looked.setdefault(name, []).append(value.cpu())
+        return self._result(hypotheses), {name: torch.cat(steps) for name, steps in looked.items()}
+
+    def _decoding(self, beam: int | None, max_length: int | None) -> DecodingConfig:
+        given = {"beam": beam, "max_length": max_length}
+        decoding = replace(self.bundle.decoding, **{k: v for k, v in given.items() if v is not None})
         if not 1 <= decoding.beam <= LARGEST_BEAM:
             raise CapGenError(f"a beam of {decoding.beam} is not possible", f"ask for 1 to {LARGEST_BEAM}")
         longest = getattr(self.model.config, "seq_len", decoding.max_length + 1) - 1
-        if decoding.max_length > longest:
-            raise CapGenError(f"this captioner cannot say {decoding.max_length} tokens", f"ask for at most {longest}")
-        output = encode_images(self.encoder, images, self.bundle.extraction_dtype)[self.model.feature]
-        found = decode_features(self.model, output, self.specials, decoding)
+        if not 1 <= decoding.max_length <= longest:
+            raise CapGenError(f"this captioner cannot say {decoding.max_length} tokens", f"ask for 1 to {longest}")
+        return decoding
+
+    def _features(self, images: Sequence[Any]) -> Tensor:
+        return encode_images(self.encoder, images, self.bundle.extraction_dtype)[self.model.feature]
+
+    def _caption_batch(self, images: Sequence[Any], decoding: DecodingConfig) -> list[Caption]:
+        found = decode_features(self.model, self._features(images), self.specials, decoding)
         return [self._result(hypotheses) for hypotheses in found]
+
+    def _caption_or_error(self, path: Path, decoding: DecodingConfig) -> Caption | CapGenError:
+        try:
+            return self._caption_batch([path], decoding)[0]
+        except CapGenError as error:
+            return error
 
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Caption:
         best = hypotheses[0]

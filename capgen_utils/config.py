@@ -152,11 +152,11 @@ PRESETS: dict[str, Preset] = {
                     n_decode=2,
                     n_head=4,
                     fc_dim=512,
-                    dropout=0.0,
+                    dropout=0.1,
                 )
             },  # fmt: skip
             training=SHAPES_TRAINING,
-            pretraining=replace(SHAPES_TRAINING, epochs=18),
+            pretraining=replace(SHAPES_TRAINING, epochs=20),
             decoding=DecodingConfig(beam=3, max_length=25),
         ),
         Preset(

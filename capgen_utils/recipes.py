@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from capgen_utils.batches import TrainingData
@@ -65,29 +66,23 @@ def prepare(
     Raises:
         CapGenError: the dataset or the weights cannot be had; says what to do.
     """
-    manifest = load_dataset(preset.dataset, root, limit)
+    state = PartialState()
     if preset.pretraining is not None and encoder_weights is None:
+        if state.num_processes > 1 and not (encoder_folder() / "model.safetensors").is_file():
+            raise CapGenError(
+                f"the encoder {preset.encoder} is not trained yet", f"run first: capgen pretrain --preset {preset.name}"
+            )
         pretrain_encoder(preset, root)
     device = choose_device()
-    encoder = build_encoder(preset.encoder, encoder_weights).to(device)
-    train = manifest.split("train")
-    flipped = extract(train, encoder, output, flip=True) if preset.flip else None
-    data = TrainingData(train, manifest.split("dev"), extract(manifest, encoder, output), flipped)
+    with state.main_process_first():  # of several processes one writes the features, the others find them
+        manifest = load_dataset(preset.dataset, root, limit)
+        encoder = build_encoder(preset.encoder, encoder_weights).to(device)
+        train = manifest.split("train")
+        flipped = extract(train, encoder, output, flip=True) if preset.flip else None
+        plain = extract(manifest, encoder, output)
+    data = TrainingData(train, manifest.split("dev"), plain, flipped)
     tokenizer = WordTokenizer.fit(train.captions(), preset.min_count)
     return Prepared(preset, manifest, encoder, choose_dtype(device), tokenizer, data)
-
-
-def model_settings(preset: Preset, model_name: str) -> Any:
-    """Return the hyperparameters that ``preset`` has for a model.
-
-    Raises:
-        CapGenError: it has none.
-    """
-    if model_name not in preset.model:
-        raise CapGenError(
-            f"the preset {preset.name} has no model {model_name!r}", f"choose one of {', '.join(preset.model)}"
-        )
-    return preset.model[model_name]
 
 
 def make_trainer(
@@ -149,7 +144,7 @@ def pretrain_encoder(preset: Preset, root: Path | None = None, folder: Path | No
     tokenizer = WordTokenizer.fit(train.captions(), preset.min_count)
     torch.manual_seed(preset.pretraining.seed)
     encoder = new_shapes_cnn()  # again, after the seed
-    config = replace(preset.model["transformer"])
+    config = replace(preset.model["transformer"], dropout=0.0)  # shifted images are enough against learning by heart
     joint = JointCaptioner(encoder, build_model("transformer", config, tokenizer, encoder.outputs["grid"]))
     run = folder.parent / f"{folder.name}-run"
     Trainer(

@@ -20,9 +20,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (158, 52, 186),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES = {"small": (14, 17), "large": (23, 27)}  # side of the box in pixels, both ends included
+SIZES = {"small": (15, 18), "large": (24, 28)}  # side of the box in pixels, both ends included
 HELD_OUT = frozenset({("red", "star"), ("blue", "triangle"), ("yellow", "square")})
-OBJECT_COUNTS, OBJECT_WEIGHTS = (1, 2, 3), (0.35, 0.5, 0.15)
+OBJECT_COUNTS, OBJECT_WEIGHTS = (1, 2, 3), (0.35, 0.53, 0.12)
 CLEARER = 1.6  # a drawn pair's offset along the relation is at least this many times the offset across it
 GAP = 3  # pixels between the boxes of a drawn pair, along the relation
 

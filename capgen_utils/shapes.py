@@ -34,7 +34,7 @@ __all__ = [
     "relation_between", "relation_is_right", "version",
 ]  # fmt: skip
 
-VERSION = 2  # part of the data folder's name: raise it whenever the same seed would draw or say something else
+VERSION = 3  # part of the data folder's name: raise it whenever the same seed would draw or say something else
 CAPTIONS_PER_IMAGE = 5
 
 RELATIONS = {  # relation -> ways to say that something stands so to what follows

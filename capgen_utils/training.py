@@ -1,5 +1,6 @@
 """One training loop for every captioner: Accelerate, batches grouped by image, resumable to the bit."""
 
+import importlib.util
 import json
 import math
 import time
@@ -345,6 +346,9 @@ def _accelerator(
 ) -> Accelerator:
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CapGenError(f"{missing[0]} is not installed", f"run: pip install {missing[0]}")
     cpu = device is not None and device.type == "cpu"
     # Accelerate keeps one precision for the whole process; a notebook trains several captioners in one.
     AcceleratorState._reset_state()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import PHOTOS, save_tiny_bundle
 from PIL import Image
 
@@ -104,3 +105,14 @@ def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
     save_tiny_bundle(tmp_path / "b")
     with pytest.raises(CapGenError, match="device"):
         Captioner.from_bundle(tmp_path / "b", "abacus")
+
+
+def test_attention_says_where_each_word_came_from(captioner: Captioner) -> None:
+    image = np.random.default_rng(5).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    caption, looked = captioner.attention(image)
+    assert caption == captioner.caption(image)[0]
+    assert len(looked) == captioner.model.config.n_decode
+    for weights in looked.values():
+        cells = captioner.encoder.outputs["grid"][0]
+        assert weights.shape == (len(caption.words), captioner.model.config.n_head, cells)
+        assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2]), atol=1e-5)

@@ -342,3 +342,20 @@ def test_dropout_is_nothing_in_use_and_repeats_with_the_seed() -> None:
 
 def test_tiny_sizes_are_known() -> None:
     assert set(TINY_SIZES) >= {"seq_len", "d_model"}
+
+
+def test_shifted_moves_each_image_by_a_few_pixels_and_repeats_its_edge() -> None:
+    from capgen_utils.models.joint import shifted
+
+    torch.manual_seed(0)
+    pixels = torch.arange(20.0 * 20).view(1, 20, 20, 1).expand(64, -1, -1, 3)
+    moved = shifted(pixels, 3)
+    assert moved.shape == pixels.shape
+    centres = moved[:, 10, 10, 0]
+    rows, columns = (centres // 20 - 10).long(), (centres % 20 - 10).long()
+    assert set(rows.tolist()) == set(columns.tolist()) == set(range(-3, 4))
+    for image, row, column in zip(moved, rows.tolist(), columns.tolist(), strict=True):
+        expected = pixels[0, max(0, row) : 20 + min(0, row), max(0, column) : 20 + min(0, column)]
+        inside = image[max(0, -row) : 20 - max(0, row), max(0, -column) : 20 - max(0, column)]
+        assert torch.equal(inside, expected), (row, column)
+    assert moved.min() >= pixels.min() and moved.max() <= pixels.max()

@@ -3,10 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from capgen_utils.encoders import Encoder
 from capgen_utils.models.base import CaptionModel, State
+
+SHIFT = 4  # pixels; what is left of, or above, something stays so
+
+
+def shifted(pixels: Tensor, furthest: int = SHIFT) -> Tensor:
+    """Move each image (B, H, W, C) by up to ``furthest`` pixels along both axes; its edge is repeated."""
+    height, width = pixels.shape[1:3]
+    moves = torch.randint(-furthest, furthest + 1, (len(pixels), 2)).tolist()
+    rows = [(torch.arange(height) + down).clamp(0, height - 1) for down, _ in moves]
+    columns = [(torch.arange(width) + right).clamp(0, width - 1) for _, right in moves]
+    return torch.stack([image[r][:, c] for image, r, c in zip(pixels, rows, columns, strict=True)])
 
 
 class JointCaptioner(CaptionModel):
@@ -26,7 +38,11 @@ class JointCaptioner(CaptionModel):
         encoder.trunk.requires_grad_(True)
 
     def encode(self, features: Tensor) -> Any:
-        """``features`` are pixels (B, size, size, 3), 0 to 255."""
+        """``features`` are pixels (B, size, size, 3), 0 to 255; while training, each image is shifted a little.
+
+        So the encoder meets every drawing in many places and learns shapes rather than drawings.
+        """
+        features = shifted(features) if self.training else features
         return self.captioner.encode(self.encoder(features)[self.captioner.feature])
 
     def forward(self, memory: Any, tokens: Tensor, image: Tensor) -> Tensor:

@@ -85,6 +85,10 @@ class DecoderLayer(nn.Module):
         self.cross_out = nn.Linear(width, width)
         self.feed = nn.Sequential(nn.Linear(width, config.fc_dim), nn.GELU(), nn.Linear(config.fc_dim, width))
 
+    def last_linears(self) -> list[nn.Linear]:
+        """The three linear maps whose results are added to the residual stream."""
+        return [m for m in (self.self_out, self.cross_out, self.feed[-1]) if isinstance(m, nn.Linear)]
+
     def split_heads(self, x: Tensor) -> Tensor:
         """(M, T, D) -> (M, heads, T, D / heads)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -175,7 +179,7 @@ class TransformerCaptioner(CaptionModel):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
         for layer in self.decoder_layers():
-            for last in (layer.self_out, layer.cross_out, layer.feed[2]):  # so that the sum of all layers stays small
+            for last in layer.last_linears():  # so that the sum of all layers stays small
                 nn.init.normal_(last.weight, std=(3 * self.config.n_decode * last.in_features) ** -0.5)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         with torch.no_grad():
