@@ -85,6 +85,19 @@ def prepare(
     return Prepared(preset, manifest, encoder, choose_dtype(device), tokenizer, data)
 
 
+def model_settings(preset: Preset, model_name: str) -> Any:
+    """Return the hyperparameters that ``preset`` has for a model.
+
+    Raises:
+        CapGenError: it has none.
+    """
+    if model_name not in preset.model:
+        raise CapGenError(
+            f"the preset {preset.name} has no model {model_name!r}", f"choose one of {', '.join(preset.model)}"
+        )
+    return preset.model[model_name]
+
+
 def make_trainer(
     prepared: Prepared,
     model_name: str,
