@@ -129,8 +129,8 @@ def bench_decoding() -> dict[str, Any]:
     """Captions per second from cached features with the bundle that ships, in fp32: greedy and beam 5."""
     from capgen_utils.captioner import DEFAULT_BUNDLE
     from capgen_utils.checkpoint import load_bundle
+    from capgen_utils.decoding import caption_manifest
     from capgen_utils.features import extract
-    from capgen_utils.training import caption_manifest
 
     bundle = load_bundle(DEFAULT_BUNDLE)
     part = flickr8k_or_shapes(limit=DECODED).split("test")

@@ -7,9 +7,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from capgen_utils.config import DecodingConfig
+from capgen_utils.datasets import Manifest
+from capgen_utils.features import FeatureCache
 from capgen_utils.files import CapGenError
+from capgen_utils.text import Tokenizer
 
 
 class Steps(Protocol):
@@ -217,3 +221,23 @@ def decode_features(
     with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if reduced else nullcontext():
         memory = model.encode(features.to(device).float())
         return decode(model, memory, len(features), specials, config)
+
+
+def caption_manifest(
+    model: Any,
+    manifest: Manifest,
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    decoding: DecodingConfig,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> dict[str, str]:
+    """Caption every image of ``manifest`` from cached features: image -> best caption."""
+    specials = Specials(tokenizer.start_id, tokenizer.end_id, tokenizer.banned_ids)
+    names = [item.image for item in manifest.items if item.image not in cache.failed]
+    captions: dict[str, str] = {}
+    for start in tqdm(range(0, len(names), batch_size), desc="captioning", unit="batch", disable=not progress):
+        part = names[start : start + batch_size]
+        found = decode_features(model, cache.rows(part), specials, decoding)
+        captions |= {name: tokenizer.decode(best[0].tokens) for name, best in zip(part, found, strict=True)}
+    return captions

@@ -10,12 +10,12 @@ from typing import Any
 from capgen_utils.checkpoint import Bundle
 from capgen_utils.config import DecodingConfig, choose_device
 from capgen_utils.datasets import Manifest
+from capgen_utils.decoding import caption_manifest
 from capgen_utils.features import extract, find_cache
 from capgen_utils.files import write_json
 from capgen_utils.machine import machine, revision
 from capgen_utils.metrics import BLEU_PROTOCOL, bleu, diversity
 from capgen_utils.shapes import judge, load_scenes
-from capgen_utils.training import caption_manifest
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,8 @@ from capgen_utils.batches import (
 )
 from capgen_utils.checkpoint import Bundle, bundle_info, load_checkpoint, save_bundle, save_checkpoint
 from capgen_utils.config import DecodingConfig, TrainingConfig, choose_dtype
-from capgen_utils.datasets import Manifest
-from capgen_utils.decoding import Specials, decode_features
+from capgen_utils.decoding import Specials, caption_manifest
 from capgen_utils.encoders import Encoder
-from capgen_utils.features import FeatureCache
 from capgen_utils.files import CapGenError, explain_os_errors, fingerprint, read_json, write_json, write_text
 from capgen_utils.machine import machine
 from capgen_utils.metrics import bleu, diversity
@@ -394,23 +392,3 @@ def _unpack(trainer: Trainer, tensors: Mapping[str, Tensor], scalars: Mapping[st
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     if trainer.accelerator.scaler is not None and scalars["scaler"]:
         trainer.accelerator.scaler.load_state_dict(scalars["scaler"])
-
-
-def caption_manifest(
-    model: CaptionModel,
-    manifest: Manifest,
-    cache: FeatureCache,
-    tokenizer: Tokenizer,
-    decoding: DecodingConfig,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> dict[str, str]:
-    """Caption every image of ``manifest`` from cached features: image -> best caption."""
-    specials = Specials(tokenizer.start_id, tokenizer.end_id, tokenizer.banned_ids)
-    names = [item.image for item in manifest.items if item.image not in cache.failed]
-    captions: dict[str, str] = {}
-    for start in tqdm(range(0, len(names), batch_size), desc="captioning", unit="batch", disable=not progress):
-        part = names[start : start + batch_size]
-        found = decode_features(model, cache.rows(part), specials, decoding)
-        captions |= {name: tokenizer.decode(best[0].tokens) for name, best in zip(part, found, strict=True)}
-    return captions

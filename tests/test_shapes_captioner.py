@@ -15,8 +15,8 @@ from results_rules import prediction_problems, problems
 from capgen_utils import Captioner, shapes
 from capgen_utils.checkpoint import load_bundle
 from capgen_utils.datasets import load_dataset
+from capgen_utils.decoding import caption_manifest
 from capgen_utils.features import find_cache
-from capgen_utils.training import caption_manifest
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from capgen_utils.checkpoint import load_bundle, load_checkpoint, save_checkpoin
 from capgen_utils.config import TrainingConfig
 from capgen_utils.files import CapGenError
 from capgen_utils.metrics import bleu
-from capgen_utils.training import Trainer, caption_manifest, learning_rate
+from capgen_utils.training import Trainer, learning_rate
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 
