@@ -10,7 +10,7 @@ __all__ = ["Captioner", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``Captioner`` when it is first asked for: ``capgen --help`` should not wait for torch."""
+    """Import ``Captioner`` when it is first asked for: other parts are often wanted without the models."""
     if name == "Captioner":
         from capgen_utils.captioner import Captioner
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capgen_utils.checkpoint import LARGEST_BEAM, Bundle, load_bundle
-from capgen_utils.config import DecodingConfig, choose_device
+from capgen_utils.checkpoint import Bundle, load_bundle
+from capgen_utils.config import LARGEST_BEAM, DecodingConfig, choose_device
 from capgen_utils.decoding import Hypothesis, Specials, decode_features
 from capgen_utils.encoders import Encoder
 from capgen_utils.features import encode_images

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from capgen_utils.config import DecodingConfig, from_dict
+from capgen_utils.config import LARGEST_BEAM, DecodingConfig, from_dict
 from capgen_utils.encoders import Encoder, build_encoder, load_encoder_folder, preprocessing_from_json
 from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
 from capgen_utils.models import CaptionModel, build_model, model_config
@@ -20,7 +20,6 @@ from capgen_utils.text import Tokenizer, tokenizer_from_json
 
 VERSION = 1
 GET_AGAIN = "copy the whole bundle folder again, or train again with this version (capgen train)"
-LARGEST_BEAM = 100
 _LARGEST = 10**10  # bytes of tensors that a bundle may hold
 
 

@@ -13,6 +13,7 @@ from capgen_utils.files import CapGenError
 from capgen_utils.machine import REPOSITORY
 
 Config = TypeVar("Config")
+LARGEST_BEAM = 100  # hypotheses an image; memory grows with it, captions stop changing long before
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ PRESETS: dict[str, Preset] = {
                 )
             },  # fmt: skip
             training=TrainingConfig(epochs=17, batch_images=64, learning_rate=8e-4, average=0.999, patience=6),
-            decoding=DecodingConfig(beam=5, max_length=25, length_penalty=0.7),
+            decoding=DecodingConfig(beam=5, max_length=25, length_penalty=0.5),
         ),
         Preset(name="flickr30k", dataset="flickr30k", encoder="resnet50", flip=True),
         Preset(name="coco", dataset="coco", encoder="resnet50", flip=True),

@@ -107,7 +107,11 @@ def find_images(sources: Iterable[str | Path]) -> list[Path]:
     for source in map(Path, sources):
         if not source.exists():
             raise CapGenError(f"there is no file or folder {source}", "check the path")
-        inside = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES) if source.is_dir() else [source]
+        inside = (
+            sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            if source.is_dir()
+            else [source]
+        )
         if not inside:
             raise CapGenError(f"{source} holds no image", f"image files end in {', '.join(SUFFIXES)}")
         found += inside

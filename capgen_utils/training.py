@@ -31,7 +31,7 @@ from capgen_utils.config import DecodingConfig, TrainingConfig, choose_dtype
 from capgen_utils.decoding import Specials, caption_manifest
 from capgen_utils.encoders import Encoder
 from capgen_utils.files import CapGenError, explain_os_errors, fingerprint, read_json, write_json, write_text
-from capgen_utils.machine import machine
+from capgen_utils.machine import machine, revision
 from capgen_utils.metrics import bleu, diversity
 from capgen_utils.models import CaptionModel
 from capgen_utils.text import Tokenizer
@@ -108,6 +108,8 @@ class Trainer:
         self.specials = Specials(tokenizer.start_id, tokenizer.end_id, tokenizer.banned_ids)
         self.accelerator = _accelerator(config, self.folder, trackers, device)
         self.step_module = self.accelerator.prepare(_Step(model))
+        if self.accelerator.num_processes > 1:  # the same weights everywhere by now, but each its own dropout
+            torch.manual_seed(config.seed + self.accelerator.process_index)
         self.model = model
         self.average = {k: v.detach().clone() for k, v in self._floats(model)} if config.average else None
         self.optimizer = self.accelerator.prepare(_optimizer(model, config))
@@ -249,7 +251,7 @@ class Trainer:
         """Return the model as it is now with everything a bundle says of it."""
         info = bundle_info(
             self.model_name, self.model, self.encoder, self.extraction_dtype, self.decoding, self.preset,
-            dataset=self.data.train.name, training=asdict(self.config), step=self.progress.step,
+            dataset=self.data.train.name, training=asdict(self.config), step=self.progress.step, revision=revision(),
             dev={k: v for k, v in dev.items() if k != "samples"} | {"protocol": DEV_PROTOCOL},
         )  # fmt: skip
         return Bundle(self.model, self.tokenizer, info)

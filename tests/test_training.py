@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from capgen_utils import training
 from capgen_utils.checkpoint import load_bundle, load_checkpoint, save_checkpoint
 from capgen_utils.config import TrainingConfig
+from capgen_utils.decoding import caption_manifest
 from capgen_utils.files import CapGenError
 from capgen_utils.metrics import bleu
 from capgen_utils.training import Trainer, learning_rate

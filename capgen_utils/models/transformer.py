@@ -43,7 +43,7 @@ class TransformerState:
     def select(self, rows: Tensor) -> "TransformerState":
         """Return the state of hypotheses ``rows`` (M',).
 
-        The images' memory is not copied, but for this: once more than half of the images have no hypothesis
+        The images' memory is not copied, but for this: once half of the images have no hypothesis
         left, the rest move together, so that finished captions cost nothing.
         """
         image, memory = self.image[rows], self.memory
