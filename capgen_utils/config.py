@@ -157,7 +157,7 @@ PRESETS: dict[str, Preset] = {
                 )
             },  # fmt: skip
             training=SHAPES_TRAINING,
-            pretraining=replace(SHAPES_TRAINING, epochs=20),
+            pretraining=replace(SHAPES_TRAINING, epochs=22),
             decoding=DecodingConfig(beam=3, max_length=25),
         ),
         Preset(

@@ -22,7 +22,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = {"small": (15, 18), "large": (24, 28)}  # side of the box in pixels, both ends included
 HELD_OUT = frozenset({("red", "star"), ("blue", "triangle"), ("yellow", "square")})
-OBJECT_COUNTS, OBJECT_WEIGHTS = (1, 2, 3), (0.35, 0.53, 0.12)
+OBJECT_COUNTS, OBJECT_WEIGHTS = (1, 2, 3), (0.35, 0.55, 0.1)
 CLEARER = 1.6  # a drawn pair's offset along the relation is at least this many times the offset across it
 GAP = 3  # pixels between the boxes of a drawn pair, along the relation
 
@@ -114,17 +114,18 @@ def _place(pairs: Sequence[tuple[str, str]], rng: random.Random) -> tuple[ShapeO
 
 
 def make_scene(rng: random.Random, novel: bool = False) -> Scene:
-    """Return a scene of one to three objects, no two of the same colour and shape.
+    """Return a scene of one to three objects; no two share a colour or a shape.
 
     Args:
         rng: the only source of chance.
         novel: put exactly one held-out colour-shape pair into the scene; otherwise it holds none.
     """
-    seen = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
     count = rng.choices(OBJECT_COUNTS, OBJECT_WEIGHTS)[0]
-    pairs = rng.sample(seen, count)
-    if novel:
-        pairs[rng.randrange(count)] = rng.choice(sorted(HELD_OUT))
+    while True:
+        colours, shapes = rng.sample(list(COLOURS), count), rng.sample(SHAPES, count)
+        pairs = list(zip(colours, shapes, strict=True))
+        if len(HELD_OUT.intersection(pairs)) == int(novel):
+            break
     return Scene(_place(pairs, rng), novel)
 
 
