@@ -38,7 +38,7 @@ def flickr8k() -> str:
         row("captioner", "encoder", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "distinct captions", "training"),
         row(*["---"] * 8),
         row(
-            f"ResNet + transformer, {result['parameters'] / 1e6:.1f} M parameters",
+            f"transformer, {result['parameters'] / 1e6:.1f} M parameters",
             rules["encoder"],
             *(f"{scores[f'BLEU-{n}']:.1f}" for n in (1, 2, 3, 4)),
             f"{scores['distinct']:.0f} of {rules['images']}",
