@@ -145,7 +145,9 @@ class Captioner:
             raise CapGenError(f"a beam of {decoding.beam} is not possible", f"ask for 1 to {LARGEST_BEAM}")
         longest = getattr(self.model.config, "seq_len", decoding.max_length + 1) - 1
         if not 1 <= decoding.max_length <= longest:
-            raise CapGenError(f"this captioner cannot say {decoding.max_length} tokens", f"ask for 1 to {longest}")
+            raise CapGenError(
+                f"this captioner cannot say {decoding.max_length} tokens", f"ask for at least 1 and at most {longest}"
+            )
         return decoding
 
     def _features(self, images: Sequence[Any]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capgen_utils.config import LARGEST_BEAM, DecodingConfig
+from capgen_utils.config import DecodingConfig
 from capgen_utils.datasets import Manifest
 from capgen_utils.features import FeatureCache
 from capgen_utils.files import CapGenError
@@ -71,12 +71,12 @@ def decode(
         For each image its hypotheses, best first: one for greedy search, up to ``beam`` for beam search.
 
     Raises:
-        CapGenError: a beam or length that is not possible.
+        CapGenError: a beam or length below 1.
     """
-    if not 1 <= config.beam <= LARGEST_BEAM or config.max_length < 1:
+    if config.beam < 1 or config.max_length < 1:
         raise CapGenError(
             f"beam {config.beam} and maximum length {config.max_length} are not possible",
-            f"ask for a beam of 1 to {LARGEST_BEAM} and 1 token or more",
+            "both are 1 or more",
         )
     if config.beam == 1:
         return [[hypothesis] for hypothesis in _greedy(model, memory, images, specials, config)]

@@ -67,6 +67,8 @@ def prepare(
         CapGenError: the dataset or the weights cannot be had; says what to do.
     """
     state = PartialState()
+    with state.main_process_first():  # of several processes one draws the data set, the others find it
+        manifest = load_dataset(preset.dataset, root, limit)
     if preset.pretraining is not None and encoder_weights is None:
         if state.num_processes > 1 and not (encoder_folder() / "model.safetensors").is_file():
             raise CapGenError(
@@ -74,8 +76,7 @@ def prepare(
             )
         pretrain_encoder(preset, root)
     device = choose_device()
-    with state.main_process_first():  # of several processes one writes the features, the others find them
-        manifest = load_dataset(preset.dataset, root, limit)
+    with state.main_process_first():  # and one writes the features
         encoder = build_encoder(preset.encoder, encoder_weights).to(device)
         train = manifest.split("train")
         flipped = extract(train, encoder, output, flip=True) if preset.flip else None

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from capgen_utils.checkpoint import Bundle
-from capgen_utils.config import DecodingConfig, choose_device
+from capgen_utils.config import LARGEST_BEAM, DecodingConfig, choose_device
 from capgen_utils.datasets import Manifest
 from capgen_utils.decoding import caption_manifest
 from capgen_utils.features import extract, find_cache
-from capgen_utils.files import write_json
+from capgen_utils.files import CapGenError, write_json
 from capgen_utils.machine import machine, revision
 from capgen_utils.metrics import BLEU_PROTOCOL, bleu, diversity
 from capgen_utils.shapes import judge, load_scenes
@@ -46,6 +46,8 @@ def evaluate(
         CapGenError: no such split; the encoder's weights cannot be had.
     """
     decoding = decoding or bundle.decoding
+    if decoding.beam > LARGEST_BEAM:
+        raise CapGenError(f"a beam of {decoding.beam} is not possible", f"ask for 1 to {LARGEST_BEAM}")
     part = manifest.split(split)
     device = choose_device()
     encoder = bundle.build_encoder(encoder_weights).to(device)
