@@ -45,9 +45,7 @@ def evaluate(
     Raises:
         CapGenError: no such split; the encoder's weights cannot be had.
     """
-    decoding = decoding or bundle.decoding
-    if decoding.beam > LARGEST_BEAM:
-        raise CapGenError(f"a beam of {decoding.beam} is not possible", f"ask for 1 to {LARGEST_BEAM}")
+    decoding = _possible(decoding or bundle.decoding)
     part = manifest.split(split)
     device = choose_device()
     encoder = bundle.build_encoder(encoder_weights).to(device)
@@ -79,6 +77,12 @@ def evaluate(
         "machine": machine(),
     }  # fmt: skip
     return Evaluation(captions, result)
+
+
+def _possible(decoding: DecodingConfig) -> DecodingConfig:
+    if decoding.beam > LARGEST_BEAM:
+        raise CapGenError(f"a beam of {decoding.beam} is not possible", f"ask for 1 to {LARGEST_BEAM}")
+    return decoding
 
 
 def scores(captions: Mapping[str, str], references: Mapping[str, Any], manifest: Manifest) -> dict[str, float]:
