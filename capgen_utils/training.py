@@ -62,6 +62,7 @@ class Progress:
     step: int = 0
     batch: int = 0
     best: float = -1.0
+    best_loss: float = 1e9
     best_epoch: int = -1
     epoch_loss: float = 0.0
     epoch_tokens: int = 0
@@ -238,8 +239,11 @@ class Trainer:
         spoken = caption_manifest(self.model, dev, self.data.plain, self.tokenizer, replace(self.decoding, beam=1))
         result |= bleu(spoken, {item.image: item.captions for item in dev.items}) | diversity(spoken)
         result["samples"] = {item.image: spoken[item.image] for item in dev.items[:SAMPLES]}
-        if result["BLEU-4"] > self.progress.best:
-            self.progress.best, self.progress.best_epoch = result["BLEU-4"], self.progress.epoch
+        progress = self.progress
+        # Few or short captions can leave BLEU-4 at 0 for many epochs: among equals the lower dev loss is better.
+        if (result["BLEU-4"], -result["dev_loss"]) > (progress.best, -progress.best_loss):
+            progress.best, progress.best_loss = result["BLEU-4"], result["dev_loss"]
+            progress.best_epoch = progress.epoch
             if self.accelerator.is_main_process:
                 save_bundle(self.folder / "bundle", self.bundle(result), self.encoder)
         if own is not None:

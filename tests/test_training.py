@@ -295,11 +295,21 @@ def test_early_stopping(
 ) -> None:
     given = iter(scores)
     monkeypatch.setattr(training, "bleu", lambda *a: bleu(*a) | {"BLEU-4": float(next(given))})
+    monkeypatch.setattr(Trainer, "_dev_loss", lambda self: 1.0)
     trainer = tiny_trainer(tmp_path, epochs=6, patience=patience, evaluate_every=evaluate_every)
     progress = trainer.train()
     assert (progress.epoch, progress.best_epoch + 1) == (epochs, best)
     assert progress.done and progress.best == max(scores[: len([e for e in progress.history if "BLEU-4" in e])])
     assert load_bundle(tmp_path / "run" / "bundle").info["dev"]["BLEU-4"] == progress.best
+
+
+def test_among_equal_scores_the_lower_dev_loss_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 2.0, 2.5, 1.0, 4.0])
+    monkeypatch.setattr(training, "bleu", lambda *a: bleu(*a) | {"BLEU-4": 0.0})
+    monkeypatch.setattr(Trainer, "_dev_loss", lambda self: next(losses))
+    progress = tiny_trainer(tmp_path, epochs=5, patience=5).train()
+    assert progress.best_epoch + 1 == 4
+    assert load_bundle(tmp_path / "run" / "bundle").info["dev"]["dev_loss"] == progress.best_loss == 1.0
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_advice(tmp_path: Path) -> None:
