@@ -15,7 +15,7 @@ from capgen_utils.features import extract, find_cache
 from capgen_utils.files import CapGenError, write_json
 from capgen_utils.machine import machine, revision
 from capgen_utils.metrics import BLEU_PROTOCOL, bleu, diversity
-from capgen_utils.shapes import judge, load_scenes
+from capgen_utils.shapes import judge, load_scenes, scenes_file
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def scores(captions: Mapping[str, str], references: Mapping[str, Any], manifest:
     result = bleu(captions, references)
     result["BLEU-4 on the wrong images"] = bleu(wrong, references)["BLEU-4"]
     result |= diversity(captions)
-    if any((folder / "scenes.json").is_file() for folder in (manifest.root, manifest.root.parent)):  # Images/ or above
+    if scenes_file(manifest.root).is_file():
         scenes = load_scenes(manifest.root)
         result |= judge(captions, {Path(name).name: scenes[Path(name).name] for name in captions})
     return {key: round(value, 4) for key, value in result.items()}

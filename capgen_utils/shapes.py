@@ -31,13 +31,13 @@ from capgen_utils.scenes import (
 __all__ = [
     "COLOURS", "HELD_OUT", "IMAGE_SIZE", "SHAPES", "SIZES", "Mention", "Scene", "ShapeObject", "Statement",
     "describe", "draw", "generate", "is_true", "judge", "load_scenes", "make_scene", "parse",
-    "relation_between", "relation_is_right", "version",
+    "relation_between", "relation_is_right", "scenes_file", "version",
 ]  # fmt: skip
 
 VERSION = 4  # part of the data folder's name: raise it whenever the same seed would draw or say something else
 CAPTIONS_PER_IMAGE = 5
 
-RELATIONS = {  # relation -> ways to say that something stands so to what follows
+RELATIONS = {  # relation -> ways to say that something stands so to what follows; captions use the first
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
     "above": ("above",),
@@ -276,17 +276,21 @@ def generate(folder: Path, count: int = 3800, seed: int = 0) -> None:
         write_json(temporary / "scenes.json", {name: scene.to_dict() for name, scene in scenes.items()})
 
 
+def scenes_file(folder: Path) -> Path:
+    """Return where the scenes of a generated folder (or of the Images folder in it) lie, if it has any."""
+    folder = Path(folder)
+    inside = folder.name == "Images" and not (folder / "scenes.json").exists()
+    return (folder.parent if inside else folder) / "scenes.json"
+
+
 def load_scenes(folder: Path) -> dict[str, Scene]:
     """Read the scenes of a generated folder (or of the Images folder in it), by image file name.
 
     Raises:
         CapGenError: scenes.json is missing or not what ``generate`` writes.
     """
-    folder = Path(folder)
-    if not (folder / "scenes.json").exists() and folder.name == "Images":
-        folder = folder.parent
-    path = folder / "scenes.json"
-    remedy = f"delete {folder} and generate it again"
+    path = scenes_file(folder)
+    remedy = f"delete {path.parent} and generate it again"
     values = read_json(path, remedy)
     if not isinstance(values, dict):
         raise CapGenError(f"{path} holds no scenes by image name", remedy)
