@@ -20,10 +20,11 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from capgen_utils.config import PRESETS, choose_device, choose_dtype  # noqa: E402
+from capgen_utils.config import choose_device, choose_dtype  # noqa: E402
 from capgen_utils.datasets import load_dataset  # noqa: E402
 from capgen_utils.files import CapGenError, write_json  # noqa: E402
 from capgen_utils.results import machine  # noqa: E402
+from capgen_utils.presets import PRESETS  # noqa: E402
 
 DECODED = 256  # images that are captioned for a rate of decoding
 STEPS = 40  # training steps that are timed

@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from capgen_utils.config import TrainingConfig
 from capgen_utils.datasets import Item, Manifest
 from capgen_utils.features import FeatureCache
+from capgen_utils.models.base import IGNORED
 from capgen_utils.text import Tokenizer, tokenise
 
 SIDES = frozenset(("left", "right"))
-IGNORED = -100  # the target of padding
 CHUNKS = 4
 
 
@@ -128,17 +127,3 @@ def epoch_batches(
     for start in range(0, len(order), config.batch_images):
         part = order[start : start + config.batch_images][rank::world]
         yield [data.train.items[i] for i in part], [bool(flips[i]) for i in part]
-
-
-def caption_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return cross-entropy in nats, summed over all targets but ``IGNORED`` ones.
-
-    Args:
-        logits: (M, T, V).
-        targets: (M, T).
-        label_smoothing: share of the target probability spread evenly over the vocabulary.
-    """
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum",
-        label_smoothing=label_smoothing,
-    )  # fmt: skip

@@ -1,26 +1,25 @@
 """Bundles (what is used) and training checkpoints (what is resumed): safetensors and JSON, never pickle."""
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from capgen_utils.bpe import tokenizer_from_json
 from capgen_utils.config import LARGEST_BEAM, DecodingConfig, from_dict
-from capgen_utils.encoders import Encoder, build_encoder, load_encoder_folder, preprocessing_from_json
+from capgen_utils.encoders import Encoder, preprocessing_from_json, restore_encoder, save_encoder
 from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
 from capgen_utils.models import CaptionModel, build_model, model_config
-from capgen_utils.text import Tokenizer, tokenizer_from_json
+from capgen_utils.tensors import read_tensors, save_tensors
+from capgen_utils.text import Tokenizer
 
 VERSION = 1
 GET_AGAIN = "copy the whole bundle folder again, or train again with this version (capgen train)"
-_LARGEST = 10**10  # bytes of tensors that a bundle may hold
 
 
 @dataclass
@@ -57,22 +56,8 @@ class Bundle:
         Raises:
             CapGenError: its weights cannot be had, or are other ones than those of training.
         """
-        described = self.info["encoder"]
         own = self.folder / "encoder" if self.folder else None
-        if own is not None and own.is_dir() and weights is None:
-            encoder = load_encoder_folder(own)
-        else:
-            encoder = build_encoder(described["name"], weights)
-        if encoder.name != described["name"] or encoder.weights_hash() != described["weights_hash"]:
-            raise CapGenError(
-                f"the weights of {described['name']} are not those that the captioner was trained on",
-                "install the versions in constraints.txt, or pass the right file with --encoder-weights",
-            )
-        preprocessing = preprocessing_from_json(described["preprocessing"])
-        if preprocessing.size != encoder.preprocessing.size:
-            raise CapGenError(f"{described['name']} does not read images of {preprocessing.size} pixels", GET_AGAIN)
-        encoder.preprocessing = preprocessing
-        return encoder
+        return restore_encoder(self.info["encoder"], own, weights)
 
 
 def save_bundle(
@@ -87,28 +72,12 @@ def save_bundle(
     """
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in bundle.model.state_dict().items()}
-        _save_tensors(temporary / "model.safetensors", tensors)
+        tensors = {k: v.detach().to("cpu", dtype) for k, v in bundle.model.state_dict().items()}
+        save_tensors(temporary / "model.safetensors", tensors)
         write_json(temporary / "tokenizer.json", bundle.tokenizer.to_json())
         write_json(temporary / "config.json", {"version": VERSION, **bundle.info})
         if encoder is not None and not encoder.public:
             save_encoder(temporary / "encoder", encoder)
-
-
-def save_encoder(folder: Path, encoder: Encoder) -> None:
-    """Write an encoder that is not public: its weights (fp32) and its description."""
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.trunk.state_dict().items()}
-        _save_tensors(temporary / "model.safetensors", tensors)
-        write_json(temporary / "config.json", encoder.describe())
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:  # a full disk arrives as this
-        raise OSError(str(error)) from error
 
 
 def bundle_info(
@@ -157,7 +126,8 @@ def load_bundle(folder: Path) -> Bundle:
         raise CapGenError(f"{folder}/config.json: its values do not fit together ({error})", GET_AGAIN) from error
     if info["feature"].get("output") != model.feature:
         raise CapGenError(f"{folder}/config.json: a {info['model']} reads the output {model.feature!r}", GET_AGAIN)
-    tensors = read_tensors(folder / "model.safetensors", {k: v.shape for k, v in model.state_dict().items()})
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    tensors = read_tensors(folder / "model.safetensors", shapes, GET_AGAIN)
     model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     return Bundle(model.eval().requires_grad_(False), tokenizer, info, folder)
 
@@ -198,34 +168,10 @@ def _check_info(info: Any, folder: Path) -> None:
         raise CapGenError(f"{folder}/config.json: the decoding defaults are not possible", GET_AGAIN)
 
 
-def read_tensors(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Read a safetensors file that must hold exactly the tensors named in ``shapes``.
-
-    Raises:
-        CapGenError: unreadable, or other names, shapes or sizes.
-    """
-    if path.stat().st_size > _LARGEST:
-        raise CapGenError(f"{path} is too large for a captioner", GET_AGAIN)
-    try:
-        with safe_open(path, framework="pt") as stream:
-            names = set(stream.keys())
-            wrong = sorted(names ^ set(shapes))[:3]
-            wrong += [k for k in names & set(shapes) if tuple(stream.get_slice(k).get_shape()) != tuple(shapes[k])][:3]
-            if wrong:
-                raise CapGenError(f"{path} does not fit its config.json: {', '.join(wrong)}", GET_AGAIN)
-            tensors = {name: stream.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, struct.error, ValueError) as error:
-        raise CapGenError(f"{path} is damaged ({error})", GET_AGAIN) from error
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()):
-        raise CapGenError(f"{path} holds values that are not finite", GET_AGAIN)
-    return tensors
-
-
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
     """Write a training checkpoint in one file: tensors, and ``progress`` as JSON in its header."""
     with atomic_path(path) as temporary:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        _save_tensors(temporary, contiguous, {"progress": json.dumps(progress)})
+        save_tensors(temporary, tensors, {"progress": json.dumps(progress)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from capgen_utils import __version__
-from capgen_utils.config import PRESETS, data_dir, get_preset
+from capgen_utils.config import data_dir
 from capgen_utils.files import CapGenError, write_json
+from capgen_utils.presets import PRESETS, get_preset
 
 INTERRUPTED = 130  # what shells return after Ctrl-C
 
@@ -110,14 +111,16 @@ def _add_pretrain(commands: Any) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from capgen_utils.recipes import pretrain_encoder
+    from capgen_utils.pretraining import pretrain_encoder
 
     print(f"the encoder is in {pretrain_encoder(get_preset(options.preset), options.data)}")
 
 
 def _add_train(commands: Any) -> None:
     parser = _command(commands, "train", _train, "Train a captioner; a run that was stopped goes on where it was.")
-    parser.add_argument("--model", default="transformer", help="which captioner")
+    parser.add_argument(
+        "--model", default="transformer", help=f"which captioner: {', '.join(PRESETS['shapes'].models)}"
+    )
     _add_data_options(parser)
     parser.add_argument("--encoder", metavar="NAME", help="another image encoder than the preset's")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="run folder (default: data/runs/PRESET_MODEL)")
@@ -133,7 +136,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from capgen_utils.recipes import make_trainer, model_settings, prepare
+    from capgen_utils.recipes import make_trainer, prepare
 
     preset = _chosen_preset(options)
     names = ("epochs", "batch_images", "learning_rate", "seed", "dtype")
@@ -142,9 +145,10 @@ def _train(options: argparse.Namespace) -> None:
         raise CapGenError("epochs, batch size, learning rate and seed are above zero", "see: capgen train --help")
     trackers = [name for name in ("tensorboard", "wandb") if getattr(options, name)]
     folder = options.output or data_dir() / "runs" / f"{preset.name}_{options.model}"
-    model_settings(preset, options.model)  # an unknown name is said before anything is trained or encoded
-    prepared = prepare(preset, options.data, options.encoder_weights, options.limit)
-    trainer = make_trainer(prepared, options.model, folder, replace(preset.training, **given), trackers=trackers)
+    recipe = preset.recipe(options.model)  # an unknown name is said before anything is trained or encoded
+    prepared = prepare(preset, options.data, options.encoder_weights, options.limit, options.model)
+    training = replace(recipe.training, **given)
+    trainer = make_trainer(prepared, options.model, folder, training, trackers=trackers)
     started = time.perf_counter()
     progress = trainer.train()
     print(f"best dev BLEU-4 {progress.best:.2f} in epoch {progress.best_epoch + 1}; "
@@ -154,16 +158,13 @@ def _train(options: argparse.Namespace) -> None:
 
 def _chosen_preset(options: argparse.Namespace) -> Any:
     preset = get_preset(options.preset)
-    if options.encoder and options.encoder != preset.encoder:
-        preset = replace(preset, encoder=options.encoder, pretraining=None)
-    preset = replace(preset, model={
-        name: replace(config, cnn_backbone=preset.encoder) for name, config in preset.model.items()
-    })  # fmt: skip
+    if options.encoder:
+        preset = preset.with_encoder(options.model, options.encoder)
     if options.no_flip:
         preset = replace(preset, flip=False)
     if options.min_count is not None:
         preset = replace(preset, min_count=options.min_count)
-    print(f"preset {preset.name}: dataset {preset.dataset}, encoder {preset.encoder}")
+    print(f"preset {preset.name}: dataset {preset.dataset}, encoder {preset.recipe(options.model).encoder}")
     return preset
 
 

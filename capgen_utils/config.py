@@ -1,9 +1,9 @@
-"""Presets and hyperparameters as plain values, the data folder, and the choice of device and dtype."""
+"""Hyperparameters as plain values, the data folder, and the choice of device and dtype."""
 
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +45,140 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
+class ShowTellConfig:
+    """Hyperparameters of the ResNet + LSTM captioner.
+
+    Attributes:
+        img_size, cnn_backbone, seq_len: see ``TransformerConfig``.
+        image: ``sequence``: the LSTM reads the grid vector by vector before the words; ``pooled``: it reads one
+            mean vector.
+        embed_size: width of words and of projected image vectors.
+        hidden_size: width of the LSTM.
+        num_layers: LSTM layers.
+        dropout: probability, on inputs, between layers and on outputs.
+        word_dropout: see ``TransformerConfig``.
+    """
+
+    img_size: int = 224
+    cnn_backbone: str = "resnet50"
+    seq_len: int = 40
+    image: str = "sequence"
+    embed_size: int = 512
+    hidden_size: int = 512
+    num_layers: int = 2
+    dropout: float = 0.2
+    word_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class AttendTellConfig:
+    """Hyperparameters of the ResNet + MLP attention + LSTM captioner.
+
+    Attributes:
+        img_size, cnn_backbone, seq_len: see ``TransformerConfig``.
+        embed_size: width of words.
+        hidden_size: width of the LSTM.
+        attention_size: width of the attention MLP's hidden layer.
+        dropout: probability, on words, contexts and outputs.
+        word_dropout: see ``TransformerConfig``.
+        doubly_stochastic: weight of the penalty on image places that a whole caption looks at more, or less, than once.
+        teacher_forcing: share of true previous words at the end of training; it falls linearly from 1. Below 1 the
+            captioner reads some of its own words while training (scheduled sampling, arXiv 1506.03099).
+    """
+
+    img_size: int = 224
+    cnn_backbone: str = "resnet50"
+    seq_len: int = 40
+    embed_size: int = 256
+    hidden_size: int = 256
+    attention_size: int = 256
+    dropout: float = 0.3
+    word_dropout: float = 0.0
+    doubly_stochastic: float = 1.0
+    teacher_forcing: float = 1.0
+
+
+@dataclass(frozen=True)
+class ClipPrefixConfig:
+    """Hyperparameters of the CLIP prefix captioner: self-attention alone, the image stands in the first place.
+
+    Attributes:
+        seq_len, d_model, n_decode, n_head, fc_dim, dropout, word_dropout: see ``TransformerConfig``.
+        text_inputs: ``learned``: an embedding table; ``tower``: the hidden states of CLIP's frozen text tower.
+        tower_layers, tower_width, tower_heads, tower_positions: sizes of that tower.
+    """
+
+    seq_len: int = 40
+    d_model: int = 512
+    n_decode: int = 6
+    n_head: int = 8
+    fc_dim: int = 2048
+    dropout: float = 0.1
+    word_dropout: float = 0.0
+    text_inputs: str = "learned"
+    tower_layers: int = 12
+    tower_width: int = 512
+    tower_heads: int = 8
+    tower_positions: int = 77
+
+
+@dataclass(frozen=True)
+class ClipGpt2Config:
+    """Hyperparameters of CLIP + GPT-2 with injected cross-attention; the defaults are GPT-2 medium.
+
+    Attributes:
+        seq_len: longest caption in tokens, start and end token included.
+        language_model: whose weights it starts from: ``gpt2-mini`` (pre-trained here), a name on the hub such as
+            ``gpt2-medium``, or a local folder in the hub's layout.
+        n_embd, n_layer, n_head, n_positions: GPT-2's own sizes.
+        dropout: probability, on embeddings, image vectors, attention outputs and MLP outputs alike.
+        word_dropout: see ``TransformerConfig``.
+        image_positions: normalise the image's vectors and add learned places to them, for encoders whose vectors do
+            not say where they stand; those of CLIP do.
+        gate: multiply each cross-attention by a learned tanh gate that starts at zero, so that the untrained
+            captioner is plain GPT-2 (arXiv 2204.14198).
+        tied_head: score words with the frozen token embedding; else with a head of its own.
+        reduction: the cross-attention works in a width of ``n_embd / reduction``.
+        gradient_checkpointing: compute activations twice while training and keep none: slower, much less memory.
+    """
+
+    seq_len: int = 40
+    language_model: str = "gpt2-medium"
+    n_embd: int = 1024
+    n_layer: int = 24
+    n_head: int = 16
+    n_positions: int = 1024
+    dropout: float = 0.1
+    word_dropout: float = 0.0
+    image_positions: bool = False
+    gate: bool = True
+    tied_head: bool = False
+    reduction: int = 1
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class SmallClipConfig:
+    """Sizes of a small CLIP that is trained here, image and text half; their code is the library's.
+
+    Attributes:
+        embed_size: width of the space that images and texts share.
+        vision_width, vision_layers, vision_heads: of the transformer that looks at the stem's grid.
+        text_width, text_layers, text_heads: of the causal transformer that reads captions.
+        seq_len: longest text in tokens, start and end token included.
+    """
+
+    embed_size: int = 512
+    vision_width: int = 384
+    vision_layers: int = 2
+    vision_heads: int = 6
+    text_width: int = 384
+    text_layers: int = 3
+    text_heads: int = 6
+    seq_len: int = 40
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """How a captioner is trained; the same loop reads it for every model.
 
@@ -83,120 +217,59 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class DecodingConfig:
-    """How captions are searched for.
+class ContrastiveConfig(TrainingConfig):
+    """How a small CLIP is trained; here ``patience`` counts epochs without a better dev score.
 
     Attributes:
-        beam: hypotheses kept for an image; 1 is greedy search.
+        captions: captions of each image in a batch, chosen anew in every epoch.
+        twins: false twins of each of these captions in the batch, where there are so many.
+        temperature: of the softmax, at first; it is learned.
+        feature_dropout: probability of hiding a number of the stem's grid.
+        word_dropout: probability of leaving out a token of a caption.
+    """
+
+    captions: int = 2
+    twins: int = 1
+    temperature: float = 0.07
+    feature_dropout: float = 0.0
+    word_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How captions are found: searched for, or drawn where ``temperature`` is above 0. See ``decoding.decode``.
+
+    Attributes:
+        beam: hypotheses kept for an image; 1 is greedy search. Not used where captions are drawn.
         max_length: tokens a caption may have, its end token included.
         length_penalty: a hypothesis of n tokens, its end token counted, is ranked by
             log-probability / n ** length_penalty.
+        min_length: tokens a caption has at least, its end token not counted.
+        temperature: divides the logits before a token is drawn; 0 draws nothing: greedy or beam search.
+        top_k: draw among the k most likely tokens only; 0 for all.
+        top_p: draw among the most likely tokens only, as few as hold this probability together; 1 for all.
+        repetition_penalty: above 1 makes tokens less likely that the caption holds already.
+        no_repeat_ngram: no caption holds a run of this many tokens twice; 0 for no rule.
+        groups: diverse beam search: the beam is split into this many groups that keep apart.
+        diversity: what a group takes off a token's log-probability for each hypothesis of the groups before that
+            goes on with it; not used by a single group.
+        samples: captions drawn for an image, where any are drawn.
+        seed: of what is drawn.
     """
 
     beam: int = 5
     max_length: int = 39
     length_penalty: float = 1.0
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Everything that one word on the command line chooses. No module branches on ``name``.
-
-    Attributes:
-        name: what the user types.
-        dataset: a key of ``datasets.DATASETS``.
-        encoder: a key of ``encoders.ENCODERS``.
-        flip: also train on mirrored images (captions that say left or right are left out of that view).
-        min_count: occurrences a word needs in the training captions to enter the vocabulary.
-        model: hyperparameters by model name.
-        training: of the captioner.
-        pretraining: of the encoder, where the preset's encoder has to be trained first; else ``None``.
-        decoding: the defaults that go into the bundle.
-    """
-
-    name: str
-    dataset: str
-    encoder: str
-    flip: bool = False
-    min_count: int = 5
-    model: Mapping[str, Any] = field(default_factory=lambda: {"transformer": TransformerConfig()})
-    training: TrainingConfig = TrainingConfig()
-    pretraining: TrainingConfig | None = None
-    decoding: DecodingConfig = DecodingConfig()
-
-
-# Drawn scenes are clean and plentiful: nothing needs smoothing or dropping, and all epochs are worth their seconds.
-SHAPES_TRAINING = TrainingConfig(
-    epochs=16,
-    batch_images=32,
-    learning_rate=2e-3,
-    weight_decay=0.01,
-    label_smoothing=0.0,
-    average=0.99,
-    patience=16,
-)
-
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            name="shapes",
-            dataset="shapes",
-            encoder="shapes_cnn",
-            min_count=1,
-            model={
-                "transformer": TransformerConfig(
-                    img_size=64,
-                    cnn_backbone="shapes_cnn",
-                    seq_len=26,
-                    d_model=128,
-                    n_decode=2,
-                    n_head=4,
-                    fc_dim=512,
-                    dropout=0.1,
-                )
-            },  # fmt: skip
-            training=SHAPES_TRAINING,
-            pretraining=replace(SHAPES_TRAINING, epochs=22),
-            decoding=DecodingConfig(beam=3, max_length=25),
-        ),
-        Preset(
-            name="flickr8k",
-            dataset="flickr8k",
-            encoder="efficientnet_lite0",
-            flip=True,
-            model={
-                "transformer": TransformerConfig(
-                    cnn_backbone="efficientnet_lite0",
-                    seq_len=26,
-                    d_model=384,
-                    n_decode=3,
-                    n_head=8,
-                    fc_dim=1024,
-                    dropout=0.3,
-                )
-            },  # fmt: skip
-            training=TrainingConfig(epochs=17, batch_images=64, learning_rate=8e-4, average=0.999, patience=6),
-            decoding=DecodingConfig(beam=5, max_length=25, length_penalty=0.5),
-        ),
-        Preset(name="flickr30k", dataset="flickr30k", encoder="resnet50", flip=True),
-        Preset(name="coco", dataset="coco", encoder="resnet50", flip=True),
-        Preset(name="folder", dataset="folder", encoder="efficientnet_lite0", min_count=2),
-    )
-}
-
-
-def get_preset(name: str) -> Preset:
-    """Return a preset; ``auto`` is ``flickr8k`` where there is a GPU and ``shapes`` elsewhere.
-
-    Raises:
-        CapGenError: no such preset; lists those there are.
-    """
-    if name == "auto":
-        name = "flickr8k" if choose_device().type in ("cuda", "mps") else "shapes"
-    if name not in PRESETS:
-        raise CapGenError(f"there is no preset {name!r}", f"choose one of auto, {', '.join(PRESETS)}")
-    return PRESETS[name]
+    min_length: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    groups: int = 1
+    diversity: float = 0.5
+    samples: int = 1
+    seed: int = 0
 
 
 def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:

@@ -19,10 +19,11 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from tqdm.auto import tqdm
 
-from capgen_utils.config import data_dir, get_preset
+from capgen_utils.config import data_dir
 from capgen_utils.files import CapGenError, write_text
 from capgen_utils.machine import REPOSITORY
 from capgen_utils.plots import read_log
+from capgen_utils.presets import get_preset
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 NUMBERED = "[0-9][0-9]_*.ipynb"

@@ -1,19 +1,29 @@
-"""One batched engine for every captioner: greedy and beam search over ``start`` and ``step``."""
+"""One batched engine for every captioner: greedy, beam and diverse search and sampling over ``start`` and ``step``.
 
+What is asked for stands in ``DecodingConfig``. Scores of next tokens are changed in the order of the transformers
+library: repetition penalty, no-repeat n-grams, minimum length, banned tokens, temperature, top-k, top-p.
+"""
+
+import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, TypedDict, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capgen_utils.config import DecodingConfig
+from capgen_utils.config import LARGEST_BEAM, DecodingConfig, from_dict
 from capgen_utils.datasets import Manifest
 from capgen_utils.features import FeatureCache
 from capgen_utils.files import CapGenError
 from capgen_utils.text import Tokenizer
+
+TEMPERATURES = (0.0, 0.01, 0.1, 0.5, 0.7, 1.0, 1.5)  # of ``candidates``; 0 is the most likely token
+LONGEST = 1024  # tokens a caption may be allowed
+SHORTLIST = 256  # tokens that nearly always hold the nucleus, so that few are sorted
 
 
 class Steps(Protocol):
@@ -30,11 +40,22 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class Specials:
-    """The ids decoding has to know: where a caption begins and ends, and what is never emitted."""
+    """The ids decoding has to know.
+
+    Attributes:
+        start: read before the first word, never counted as part of a caption.
+        end: emitted after the last word; may be the same id as ``start``, as in GPT-2.
+        banned: never emitted.
+    """
 
     start: int
     end: int
     banned: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Specials":
+        """Return those of a tokenizer."""
+        return cls(tokenizer.start_id, tokenizer.end_id, tokenizer.banned_ids)
 
 
 @dataclass(frozen=True)
@@ -43,185 +64,640 @@ class Hypothesis:
 
     Attributes:
         tokens: ids without start and end token.
-        log_probability: natural logarithm, summed over the tokens and the end token.
-        score: what hypotheses were ranked by: log-probability / length ** length_penalty.
-        ended: the end token was emitted; false where the caption was cut at the maximum length.
+        log_probability: natural logarithm, summed over the tokens and the end token. It is always that of the model's
+            own distribution over the tokens that are not banned, however the caption was found: no penalty,
+            temperature or truncation is in it.
+        score: what hypotheses are ranked by: log-probability / length ** length_penalty, the end token counted. In
+            beam search the penalties that steered the search are part of it.
+        ended: the end token was emitted; false where the caption was cut: at the maximum length, or because the rules
+            left no token to go on with.
+        temperature: what it was drawn at; 0 where nothing was drawn.
     """
 
     tokens: tuple[int, ...]
     log_probability: float
     score: float
     ended: bool
+    temperature: float = 0.0
+
+
+# --- what can be asked for ------------------------------------------------------------------------------------------
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "beam": (1, LARGEST_BEAM),
+    "max_length": (1, LONGEST),
+    "length_penalty": (-10, 10),
+    "min_length": (0, LONGEST),
+    "temperature": (0, 100),
+    "top_k": (0, 10**9),
+    "top_p": (0.001, 1),
+    "repetition_penalty": (0.01, 100),
+    "no_repeat_ngram": (0, LONGEST),
+    "groups": (1, LARGEST_BEAM),
+    "diversity": (0, 1000),
+    "samples": (1, LARGEST_BEAM),
+    "seed": (0, 2**63 - 1),
+}
+
+
+def check_decoding(config: DecodingConfig, longest: int = LONGEST) -> DecodingConfig:
+    """Return ``config`` if it can be done.
+
+    Args:
+        config: what is asked for.
+        longest: tokens that the captioner can say, see ``longest_caption``.
+
+    Raises:
+        CapGenError: a value outside its bounds, or two that contradict each other; says what is possible.
+    """
+    for name, (low, high) in _BOUNDS.items():
+        value, high = getattr(config, name), min(high, longest) if name == "max_length" else high
+        if not low <= value <= high:
+            label = name.replace("max_", "maximum ").replace("min_", "minimum ").replace("_", " ")
+            raise CapGenError(f"a {label} of {value} is not possible", f"ask for {low} or more, and at most {high}")
+    if config.min_length >= config.max_length:
+        raise CapGenError(
+            f"captions of at least {config.min_length} words do not fit into {config.max_length} tokens",
+            f"ask for a minimum length of at most {config.max_length - 1}: the end token counts too",
+        )
+    if config.beam % config.groups:
+        raise CapGenError(
+            f"a beam of {config.beam} cannot be shared by {config.groups} groups",
+            f"ask for a beam that is a multiple of {config.groups}",
+        )
+    return config
+
+
+def longest_caption(model: Any) -> int:
+    """Return how many tokens a captioner can say, its end token included: it reads the start token too."""
+    return getattr(model.config, "seq_len", LONGEST + 1) - 1
+
+
+class DecodingOptions(TypedDict, total=False):
+    """Options that replace single values of a ``DecodingConfig``, which describes them; ``None`` replaces nothing.
+
+    Beside them there is ``candidates``: how many captions to consider for an image. It is the number of samples where
+    captions are drawn, and else a beam at least that wide.
+    """
+
+    beam: int | None
+    max_length: int | None
+    length_penalty: float | None
+    min_length: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram: int | None
+    groups: int | None
+    diversity: float | None
+    samples: int | None
+    seed: int | None
+    candidates: int | None
+
+
+def with_options(config: DecodingConfig, **options: Unpack[DecodingOptions]) -> DecodingConfig:
+    """Return ``config`` with some values replaced, and with what those imply.
+
+    Who asks for top-k, top-p or samples wants captions to be drawn: at temperature 1 unless another is given. Who asks
+    for a beam or groups wants a search: temperature 0. A beam that is not given is widened until it suits the groups.
+
+    Raises:
+        CapGenError: an unknown option, a value of the wrong type, or both a search and draws; bounds are for
+            ``check_decoding``.
+    """
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    wanted = given.pop("candidates", None)
+    changed = replace(config, **given)
+    from_dict(DecodingConfig, asdict(changed) | {"samples": changed.samples if wanted is None else wanted})  # types
+    if wanted is not None and wanted < 1:
+        raise CapGenError(f"{wanted} candidates are not possible", "ask for 1 or more")
+    searches = [name for name in ("beam", "groups") if given.get(name, 1) > 1]
+    draws = [name for name in ("temperature", "top_k", "top_p", "samples") if given.get(name)]
+    if searches and draws:
+        raise CapGenError(
+            f"{searches[0]} searches for captions, {draws[0].replace('_', '-')} draws them", "ask for one of the two"
+        )
+    if "diversity" in given and changed.groups == 1:
+        raise CapGenError("diversity is kept up between groups, and there is only one", "ask for groups too, such as 3")
+    if draws and not changed.temperature and "temperature" not in given:
+        changed = replace(changed, temperature=1.0)
+    elif {"beam", "groups"} & given.keys() and not draws:
+        changed = replace(changed, temperature=0.0)
+    if wanted is not None and changed.temperature:
+        return replace(changed, samples=wanted)
+    if "beam" not in given:
+        beam, groups = max(changed.beam, wanted or 1), max(changed.groups, 1)
+        changed = replace(changed, beam=-(-beam // groups) * groups)
+    return changed
+
+
+def describe(config: DecodingConfig) -> str:
+    """Return in words how captions are found: what a table of results says beside its numbers."""
+    if config.temperature:
+        words = [f"drawn at temperature {config.temperature:g}"]
+        words += [f"top-k {config.top_k}"] * bool(config.top_k) + [f"top-p {config.top_p:g}"] * (config.top_p < 1)
+        words += [f"{config.samples} samples"] * (config.samples > 1) + [f"seed {config.seed}"]
+    elif config.beam == 1:
+        words = ["greedy"]
+    else:
+        words = [f"beam {config.beam}"]
+        words += [f"{config.groups} groups, diversity {config.diversity:g}"] * (config.groups > 1)
+        words += [f"length penalty {config.length_penalty:g}"]
+    words += [f"minimum length {config.min_length}"] * bool(config.min_length)
+    words += [f"repetition penalty {config.repetition_penalty:g}"] * (config.repetition_penalty != 1)
+    words += [f"no {config.no_repeat_ngram}-gram twice"] * bool(config.no_repeat_ngram)
+    return ", ".join(words)
+
+
+# --- which tokens may come next -------------------------------------------------------------------------------------
+
+
+def allowed(logits: Tensor, banned: Sequence[int]) -> Tensor:
+    """Return logits (M, V) in fp32, banned tokens at -inf; fp32 logits are overwritten."""
+    logits = logits.float()
+    if banned:
+        logits[:, list(banned)] = -torch.inf
+    return logits
+
+
+def log_probabilities(logits: Tensor, banned: Sequence[int]) -> Tensor:
+    """Return log-softmax (M, V) in fp32 over the tokens that may be emitted; banned ones get -inf."""
+    return allowed(logits, banned).log_softmax(-1)
+
+
+def penalise_repetition(scores: Tensor, written: Tensor, penalty: float) -> Tensor:
+    """Make each token of ``written`` (M, T) less likely: divide its score in (M, V), or multiply it where negative.
+
+    The penalty of CTRL (arXiv 1909.05858) in the library's form. On logits it divides what is positive; on
+    log-probabilities, as in beam search, it always multiplies.
+    """
+    said = scores.gather(1, written)
+    return scores.scatter(1, written, torch.where(said < 0, said * penalty, said / penalty))
+
+
+def forbid_repeated_ngrams(scores: Tensor, written: Tensor, size: int) -> Tensor:
+    """Return scores (M, V) with -inf for tokens that would repeat a run of ``size`` tokens of ``written`` (M, T)."""
+    length = written.shape[1]
+    if length < size:
+        return scores
+    ngrams = written.unfold(1, size, 1)  # (M, T - size + 1, size)
+    last = written[:, length + 1 - size :]  # the tokens that the next one would complete
+    row, place = (ngrams[..., :-1] == last[:, None]).all(-1).nonzero(as_tuple=True)
+    scores = scores.clone()
+    scores[row, ngrams[row, place, -1]] = -torch.inf
+    return scores
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Return logits (M, V) with all but the ``k`` highest of each row at -inf; 0 keeps all."""
+    if not 0 < k < logits.shape[1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Return logits (M, V) with all outside the nucleus at -inf (arXiv 1904.09751).
+
+    The nucleus are the most likely tokens, as few as hold a probability of ``p`` together.
+    """
+    if p >= 1:
+        return logits
+    probabilities, size = logits.softmax(-1), min(SHORTLIST, logits.shape[1])
+    likely = probabilities.topk(size).values  # highest first
+    if not (likely.sum(-1) >= p).all():
+        likely = probabilities.sort(descending=True).values
+    before = likely.cumsum(-1) - likely  # what the more likely ones hold
+    least = likely.masked_fill(before >= p, torch.inf).amin(-1, keepdim=True)
+    return logits.masked_fill(probabilities < least, -torch.inf)
+
+
+def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """Draw a token (M,) from each row of ``probabilities`` (M, V) by inverting its cumulative distribution.
+
+    Args:
+        probabilities: rows need not sum to 1.
+        numbers: (M,) uniform from 0 to 1, 1 left out.
+    """
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    below = torch.minimum(numbers[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, below, right=True)[:, 0]
+
+
+def uniform_numbers(seed: int, keys: Sequence[int], samples: int, length: int) -> Tensor:
+    """Return uniform numbers (len(keys) * samples, length); each row hangs on seed, key and number of the sample only.
+
+    So what is drawn for an image is independent of the images beside it and of how many samples there are.
+    """
+    rows = [
+        np.random.default_rng([seed, key, sample]).random(length, dtype=np.float32)
+        for key in keys
+        for sample in range(samples)
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def image_key(content: bytes) -> int:
+    """Return a number that stands for an image in ``decode``: a hash of its name or of its pixels."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def decode(
-    model: Steps, memory: Any, images: int, specials: Specials, config: DecodingConfig
+    model: Steps,
+    memory: Any,
+    images: int,
+    specials: Specials,
+    config: DecodingConfig,
+    keys: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Search captions for ``images`` images.
+    """Find captions for ``images`` images.
 
     Args:
         model: a captioner, in eval mode.
         memory: from its ``encode``.
         images: number of images in ``memory``.
         specials: token ids.
-        config: ``beam`` 1 is greedy search.
+        config: what to do: a temperature above 0 draws ``samples`` captions, else ``beam`` 1 is greedy search and a
+            wider one beam search, in ``groups``.
+        keys: one number an image; samples hang on it and on the seed. By default the image's place in ``memory``.
 
     Returns:
-        For each image its hypotheses, best first: one for greedy search, up to ``beam`` for beam search.
+        For each image its hypotheses, best first: ``samples`` drawn ones, one for greedy search, up to ``beam``
+        distinct ones for beam search.
 
     Raises:
-        CapGenError: a beam or length below 1.
+        CapGenError: a configuration that is not possible.
     """
-    if config.beam < 1 or config.max_length < 1:
-        raise CapGenError(
-            f"beam {config.beam} and maximum length {config.max_length} are not possible",
-            "both are 1 or more",
-        )
-    if config.beam == 1:
-        return [[hypothesis] for hypothesis in _greedy(model, memory, images, specials, config)]
-    return _Beam(model, memory, images, specials, config).run()
+    check_decoding(config)
+    if config.temperature or config.beam == 1:
+        temperatures = (config.temperature,) * (config.samples if config.temperature else 1)
+        found = _Walk(model, memory, images, specials, config, temperatures, keys).run()
+    else:
+        found = _Beam(model, memory, images, specials, config).run()
+    return [sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found]
 
 
-def log_probabilities(logits: Tensor, banned: Sequence[int]) -> Tensor:
-    """Return log-softmax (M, V) in fp32 over the tokens that may be emitted; banned ones get -inf."""
-    logits = logits.float()
-    if banned:
-        logits[:, list(banned)] = -torch.inf
-    return logits.log_softmax(-1)
+@torch.inference_mode()
+def candidates(
+    model: Steps,
+    memory: Any,
+    images: int,
+    specials: Specials,
+    config: DecodingConfig,
+    temperatures: Sequence[float] = TEMPERATURES,
+    keys: Sequence[int] | None = None,
+) -> list[list[Hypothesis]]:
+    """Find one caption at each temperature for each image, all of them in one batch.
 
+    Args:
+        model, memory, images, specials, keys: as in ``decode``.
+        config: its beam, temperature and samples are not used; top-k, top-p, penalties, lengths and seed are.
+        temperatures: 0.0 takes the most likely token.
 
-def _greedy(model: Steps, memory: Any, images: int, specials: Specials, config: DecodingConfig) -> list[Hypothesis]:
-    state = model.start(memory)
-    device = _device(state)
-    alive = torch.arange(images, device=device)  # which image each live row belongs to
-    tokens = torch.full((images,), specials.start, device=device)
-    written = torch.full((images, config.max_length), specials.end, device=device)
-    totals = torch.zeros(images, device=device)
-    for position in range(config.max_length):
-        logits, state, _ = model.step(tokens, state)
-        best, tokens = log_probabilities(logits, specials.banned).max(-1)
-        totals[alive] += best
-        written[alive, position] = tokens
-        going = tokens != specials.end
-        if not going.all():
-            rows = going.nonzero()[:, 0]
-            alive, tokens, state = alive[rows], tokens[rows], state.select(rows)
-        if not len(alive):
-            break
-    unfinished = set(alive.tolist())
-    return [
-        _hypothesis(written[i].tolist(), totals[i].item(), i not in unfinished, specials, config) for i in range(images)
-    ]
+    Returns:
+        For each image its hypotheses in the order of ``temperatures``.
+
+    Raises:
+        CapGenError: as ``decode``.
+    """
+    check_decoding(config)
+    for temperature in temperatures:
+        check_decoding(replace(config, temperature=temperature))
+    return _Walk(model, memory, images, specials, config, temperatures, keys).run()
 
 
 def _device(state: Any) -> torch.device:
     return next(v.device for v in vars(state).values() if isinstance(v, Tensor))
 
 
-def _hypothesis(
-    ids: Sequence[int], log_probability: float, ended: bool, specials: Specials, config: DecodingConfig
-) -> Hypothesis:
-    tokens = tuple(ids[: ids.index(specials.end)] if specials.end in ids else ids)
-    length = len(tokens) + ended
-    return Hypothesis(tokens, log_probability, log_probability / length**config.length_penalty, ended)
+class _Search:
+    """What every search carries: the captioner, the newest token of each live hypothesis, and the state behind it."""
+
+    def __init__(self, model: Steps, memory: Any, images: int, specials: Specials, config: DecodingConfig) -> None:
+        self.model, self.images, self.specials, self.config = model, images, specials, config
+        self.state = model.start(memory)
+        self.device = _device(self.state)
+        self.tokens = torch.full((images,), specials.start, device=self.device)
+        self.ruled = config.repetition_penalty != 1 or config.no_repeat_ngram > 0 or config.min_length > 0
+
+    def read(self) -> Tensor:
+        """Read the newest tokens; logits (M, V) of the next ones."""
+        logits, self.state, _ = self.model.step(self.tokens, self.state)
+        return allowed(logits, self.specials.banned)
+
+    def rules(self, scores: Tensor, written: Tensor) -> Tensor:
+        """Change scores (M, V) by what was written (M, T) before."""
+        config = self.config
+        if config.repetition_penalty != 1:
+            scores = penalise_repetition(scores, written, config.repetition_penalty)
+        if config.no_repeat_ngram:
+            scores = forbid_repeated_ngrams(scores, written, config.no_repeat_ngram)
+        if written.shape[1] < config.min_length:
+            scores = scores.index_fill(1, torch.tensor([self.specials.end], device=scores.device), -torch.inf)
+        return scores
+
+    def ranked(self, total: float, length: int) -> float:
+        """The score of a hypothesis of ``length`` tokens, its end token counted."""
+        return total / max(1, length) ** self.config.length_penalty
 
 
-class _Beam:
-    """Beam search for many images at once.
+class _Walk(_Search):
+    """Greedy search and sampling: every hypothesis goes its own way, at its own temperature.
 
-    Every step scores all live hypotheses together. The 2 x beam best continuations of an image are looked at:
-    those that end are finished hypotheses, the best ``beam`` others live on. An image is done, and its rows leave
-    the batch, when ``beam`` hypotheses have finished and the best live one, ranked at its present length, is no
-    better than the worst of them (the library's ``early_stopping=False``).
+    Row ``image * len(temperatures) + n`` is an image's hypothesis n. What has ended leaves the batch.
+    """
+
+    def __init__(
+        self,
+        model: Steps,
+        memory: Any,
+        images: int,
+        specials: Specials,
+        config: DecodingConfig,
+        temperatures: Sequence[float],
+        keys: Sequence[int] | None,
+    ) -> None:
+        super().__init__(model, memory, images, specials, config)
+        self.each, rows, length = len(temperatures), images * len(temperatures), config.max_length
+        self.alive = torch.arange(rows, device=self.device)
+        self.temperatures = torch.tensor(temperatures, dtype=torch.float32, device=self.device).repeat(images)
+        self.numbers = None
+        if any(temperatures):
+            keys = range(images) if keys is None else keys
+            self.numbers = uniform_numbers(config.seed, keys, self.each, length).to(self.device)
+        self.written = torch.full((rows, length), specials.end, device=self.device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self.totals = torch.zeros(rows, device=self.device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=self.device)
+
+    def run(self) -> list[list[Hypothesis]]:
+        """Return ``len(temperatures)`` hypotheses for each image."""
+        for position in range(self.config.max_length):
+            self._advance(position)
+            if not len(self.alive):
+                break
+        table = zip(*(t.tolist() for t in (self.written, self.lengths, self.totals, self.ended)), strict=True)
+        found = [
+            Hypothesis(tuple(ids[:length]), total, self.ranked(total, length + ended), ended, temperature)
+            for (ids, length, total, ended), temperature in zip(table, self.temperatures.tolist(), strict=True)
+        ]
+        return [found[start : start + self.each] for start in range(0, len(found), self.each)]
+
+    def _advance(self, position: int) -> None:
+        logits = self.read()
+        if position == 0 and self.each > 1:  # the start token was read once for all hypotheses of an image
+            rows = torch.arange(self.images, device=self.device).repeat_interleave(self.each)
+            logits, self.state = logits[rows], self.state.select(rows)
+        own = logits.log_softmax(-1)
+        scores = self.rules(logits, self.written[self.alive, :position]) if self.ruled else own
+        best, tokens = scores.max(-1)
+        possible = best > -torch.inf  # false also where the scores are not numbers
+        if self.numbers is not None:
+            tokens = self._draw(scores, torch.where(possible, tokens, self.specials.end), self.numbers[:, position])
+        going = possible & (tokens != self.specials.end)
+        gained = own.gather(1, tokens[:, None])[:, 0]
+        self.totals[self.alive] += torch.where(possible, gained, 0)
+        self.written[self.alive, position] = tokens
+        self.lengths[self.alive] += going
+        self.ended[self.alive] = possible & ~going
+        if not going.all():
+            kept = going.nonzero()[:, 0]
+            self.alive, tokens = self.alive[kept], tokens[kept]
+            self.state = self.state.select(kept) if len(kept) else self.state
+        self.tokens = tokens
+
+    def _draw(self, scores: Tensor, likeliest: Tensor, numbers: Tensor) -> Tensor:
+        """Draw where the temperature is above 0; take the likeliest token elsewhere."""
+        temperatures = self.temperatures[self.alive]
+        drawing = (temperatures > 0) & (scores.amax(-1) > -torch.inf)
+        scaled = scores / torch.where(temperatures > 0, temperatures, 1)[:, None]
+        kept = keep_top_p(keep_top_k(scaled, self.config.top_k), self.config.top_p)
+        return torch.where(drawing, draw(kept.softmax(-1), numbers[self.alive]), likeliest)
+
+
+class _Beam(_Search):
+    """Beam search for many images at once, in one group or several that keep apart (arXiv 1610.02424).
+
+    A block is one group of one image: up to ``beam / groups`` live hypotheses. Every step scores all of them together.
+    Of a block, the best continuations are looked at, twice as many as it holds: those that end among the first half
+    are finished, the best others live on. It is done, and its rows leave the batch, when it has found as many as it
+    holds and the best live one, ranked at its present length, is no better than the worst of them (the library's
+    ``early_stopping=False``). From the second group of an image on, a token's log-probability is lowered by
+    ``diversity`` for each hypothesis of the groups before that goes on with it (Hamming diversity).
     """
 
     def __init__(self, model: Steps, memory: Any, images: int, specials: Specials, config: DecodingConfig) -> None:
-        self.model, self.specials, self.config = model, specials, config
-        self.state = model.start(memory)
-        self.device = _device(self.state)
-        self.alive = list(range(images))  # which image each block of live rows belongs to
-        self.finished: list[list[Hypothesis]] = [[] for _ in range(images)]
-        self.scores = torch.zeros(images, 1, device=self.device)  # (live images, hypotheses)
-        self.written = torch.zeros(images, 1, 0, dtype=torch.long, device=self.device)
-        self.tokens = torch.full((images,), specials.start, device=self.device)
+        super().__init__(model, memory, images, specials, config)
+        blocks, device = images * config.groups, self.device
+        self.size = config.beam // config.groups
+        self.alive = torch.arange(blocks, device=device)  # image * groups + group of each live block
+        self.rows = torch.arange(images, device=device).repeat_interleave(config.groups)[:, None]  # of the state
+        self.scores = torch.zeros(blocks, 1, device=device)  # (live blocks, hypotheses): what ranks them
+        self.own = torch.zeros(blocks, 1, device=device)  # log-probabilities without penalties
+        self.written = torch.zeros(blocks, 1, 0, dtype=torch.long, device=device)
+        self.finished: list[list[Hypothesis]] = [[] for _ in range(blocks)]
+        self.best = torch.full((blocks, self.size), -torch.inf, device=device)  # scores of finished ones, best first
 
     def run(self) -> list[list[Hypothesis]]:
+        """Return up to ``beam`` distinct hypotheses for each image."""
         for position in range(self.config.max_length):
-            self._advance(last=position == self.config.max_length - 1)
-            if not self.alive:
+            self._advance()
+            self._compact(last=position == self.config.max_length - 1)
+            if not len(self.alive):
                 break
-        return [sorted(found, key=lambda h: -h.score)[: self.config.beam] for found in self.finished]
+        return [self._of_image(image) for image in range(self.images)]
 
-    def _advance(self, last: bool) -> None:
-        logits, self.state, _ = self.model.step(self.tokens, self.state)
-        step = log_probabilities(logits, self.specials.banned)
-        size = step.shape[-1]
-        hypotheses = self.scores.shape[1]
-        total = self.scores[..., None] + step.view(len(self.alive), hypotheses, size)
-        count = min(2 * self.config.beam, hypotheses * size)
-        scores, flat = total.flatten(1).topk(count, dim=1)  # (live images, count)
-        source, token = flat // size, flat % size
+    def _of_image(self, image: int) -> list[Hypothesis]:
+        blocks = self.finished[image * self.config.groups : (image + 1) * self.config.groups]
+        found = [h for block in blocks for h in sorted(block, key=lambda h: -h.score)[: self.size]]
+        distinct: dict[tuple[int, ...], Hypothesis] = {}
+        for hypothesis in sorted(found, key=lambda h: -h.score):  # two groups may have come to the same caption
+            distinct.setdefault(hypothesis.tokens, hypothesis)
+        return list(distinct.values())
+
+    def _advance(self) -> None:
+        own = self.read().log_softmax(-1)  # (rows of the state, V)
+        steps = self.rules(own, self.written.flatten(0, 1)[: len(own)]) if self.ruled else own
+        if self.config.groups == 1:
+            scores, source, token = self._continue(steps, self.rows, self.scores)
+        else:
+            scores, source, token = self._continue_in_groups(steps)
+        gained = own[self.rows.gather(1, source), token]
+        own_totals = self.own.gather(1, source) + gained
         ends = token == self.specials.end
-        self._collect(scores, source, ends)
-        kept = scores.masked_fill(ends, -torch.inf).topk(min(self.config.beam, count), dim=1).indices
-        self.scores = scores.masked_fill(ends, -torch.inf).gather(1, kept)
+        self._collect(scores, own_totals, source, ends)
+        scores, kept = self._live(scores, ends)
+        stuck = ~(scores[:, 0] > -torch.inf)  # also where the scores are not numbers
+        if stuck.any():
+            self._keep_stuck(stuck)
         source, token = source.gather(1, kept), token.gather(1, kept)
         before = self.written.gather(1, source[..., None].expand(-1, -1, self.written.shape[2]))
         self.written = torch.cat([before, token[..., None]], dim=2)
-        base = torch.arange(len(self.alive), device=self.device)[:, None] * hypotheses
-        self._compact(base + source, token, last)
+        self.scores, self.own = scores, own_totals.gather(1, kept)
+        self.rows = self.rows.gather(1, source)  # where each live hypothesis comes from
 
-    def _collect(self, scores: Tensor, source: Tensor, ends: Tensor) -> None:
-        """Store the hypotheses that end among the best ``beam`` continuations of their image."""
-        ranked = ends[:, : self.config.beam] & scores[:, : self.config.beam].isfinite()
-        for block, rank in ranked.nonzero().tolist():
-            ids = self.written[block, source[block, rank]].tolist()
-            found = _hypothesis(ids, scores[block, rank].item(), True, self.specials, self.config)
-            self.finished[self.alive[block]].append(found)
+    def _continue(self, steps: Tensor, rows: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best continuations of blocks: total scores, hypotheses they continue, tokens; (blocks, count).
 
-    def _compact(self, rows: Tensor, token: Tensor, last: bool) -> None:
-        """Drop the images that are done; at the end, keep what is unfinished as captions cut short."""
+        Args:
+            steps: (R, V) scores of next tokens.
+            rows: (blocks, hypotheses), the row of ``steps`` of each hypothesis.
+            totals: (blocks, hypotheses), scores so far.
+        """
+        count = min(2 * self.size, steps.shape[1])
+        values, ids = steps.topk(count, dim=1)  # each hypothesis's best hold the best of all
+        scores, place = (totals[..., None] + values[rows]).flatten(1).topk(min(2 * self.size, rows.shape[1] * count))
+        return scores, place // count, ids[rows].flatten(1).gather(1, place)
+
+    def _continue_in_groups(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``_continue`` for all blocks, group after group: later ones shun the tokens of earlier ones."""
+        image, group = self.alive // self.config.groups, self.alive % self.config.groups
+        shunned = steps.new_zeros(self.images, steps.shape[1])
+        order, found = [], []
+        for number in range(self.config.groups):
+            blocks = (group == number).nonzero()[:, 0]
+            rows = self.rows[blocks]
+            lowered = steps[rows.flatten()] - shunned[image[blocks].repeat_interleave(rows.shape[1])]
+            own_rows = torch.arange(rows.numel(), device=self.device).view_as(rows)
+            scores, source, token = self._continue(lowered, own_rows, self.scores[blocks])
+            live, kept = self._live(scores, token == self.specials.end)
+            shunned.index_put_(
+                (image[blocks][:, None].expand_as(kept), token.gather(1, kept)),
+                self.config.diversity * live.isfinite().float(),
+                accumulate=True,
+            )
+            order.append(blocks)
+            found.append((scores, source, token))
+        place = torch.cat(order).argsort()
+        scores, source, token = (torch.cat(parts)[place] for parts in zip(*found, strict=True))
+        return scores, source, token
+
+    def _live(self, scores: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores and places of the continuations that live on, best first."""
+        going = scores.masked_fill(ends, -torch.inf).topk(min(self.size, scores.shape[1]))
+        return going.values, going.indices
+
+    def _collect(self, scores: Tensor, own: Tensor, source: Tensor, ends: Tensor) -> None:
+        """Store the hypotheses that end among the best continuations of their block, as many as it holds."""
+        length = self.written.shape[2] + 1
+        first, ended = scores[:, : self.size], ends[:, : self.size] & scores[:, : self.size].isfinite()
+        ranked = (first / length**self.config.length_penalty).masked_fill(~ended, -torch.inf)
+        self.best[self.alive] = torch.cat([self.best[self.alive], ranked], dim=1).topk(self.size).values
+        block, rank = ended.nonzero(as_tuple=True)
+        ids = self.written[block, source[block, rank]]
+        self._store(block, ids, first[block, rank], own[block, rank], True)
+
+    def _store(self, block: Tensor, ids: Tensor, scores: Tensor, own: Tensor, ended: bool) -> None:
+        length = ids.shape[1] + ended
+        table = zip(*(t.tolist() for t in (self.alive[block], ids, scores, own)), strict=True)
+        for owner, tokens, score, log_probability in table:
+            found = Hypothesis(tuple(tokens), log_probability, self.ranked(score, length), ended)
+            self.finished[owner].append(found)
+
+    def _keep_stuck(self, stuck: Tensor) -> None:
+        """Where no token may follow and nothing has finished, keep the best hypothesis as a caption cut short."""
+        empty = torch.tensor([not self.finished[i] for i in self.alive.tolist()], device=self.device)
+        block = (stuck & empty).nonzero()[:, 0]
+        self._store(block, self.written[block, 0], self.scores[block, 0], self.own[block, 0], False)
+
+    def _compact(self, last: bool) -> None:
+        """Drop the blocks that are done; at the end, keep what is unfinished as captions cut short."""
+        best, length = self.scores[:, 0], self.written.shape[2]
         if last:
-            self._finish_last()
-            return
-        best = self.scores.max(1).values.tolist()
-        blocks = [i for i, image in enumerate(self.alive) if not self._is_done(self.finished[image], best[i])]
-        keep = torch.tensor(blocks, dtype=torch.long, device=self.device)
-        self.alive = [self.alive[i] for i in blocks]
-        self.scores, self.written = self.scores[keep], self.written[keep]
-        self.tokens = token[keep].flatten()
-        if blocks:
-            self.state = self.state.select(rows[keep].flatten())
+            block, rank = (self.scores > -torch.inf).nonzero(as_tuple=True)
+            self._store(block, self.written[block, rank], self.scores[block, rank], self.own[block, rank], False)
+        done = best / length**self.config.length_penalty <= self.best[self.alive, -1]
+        kept = (~done & (best > -torch.inf) & (not last)).nonzero()[:, 0]
+        if len(kept) < len(done):
+            self.alive, self.rows = self.alive[kept], self.rows[kept]
+            self.scores, self.own, self.written = self.scores[kept], self.own[kept], self.written[kept]
+        if len(kept):
+            self.tokens = self.written[:, :, -1].flatten()
+            self.state = self.state.select(self.rows.flatten())
+            self.rows = torch.arange(self.rows.numel(), device=self.device).view_as(self.rows)
 
-    def _is_done(self, finished: list[Hypothesis], best: float) -> bool:
-        if best == -torch.inf:
-            return True
-        if len(finished) < self.config.beam:
-            return False
-        worst = sorted((h.score for h in finished), reverse=True)[self.config.beam - 1]
-        return best / self.written.shape[2] ** self.config.length_penalty <= worst
 
-    def _finish_last(self) -> None:
-        """All tokens are used up: hypotheses that still live are taken as they are, cut short."""
-        for block, image in enumerate(self.alive):
-            for rank in range(self.scores.shape[1]):
-                score = self.scores[block, rank].item()
-                if score > -torch.inf:
-                    ids = self.written[block, rank].tolist()
-                    self.finished[image].append(_hypothesis(ids, score, False, self.specials, self.config))
-        self.alive = []
+# --- around the engine ----------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def word_attention(
+    model: Steps, memory: Any, captions: Sequence[Sequence[int]], specials: Specials
+) -> list[dict[str, Tensor]]:
+    """Read finished captions again and return where the captioner looked when it said each word.
+
+    Args:
+        model: any captioner, in eval mode.
+        memory: from its ``encode``; one image for each caption.
+        captions: ids without start and end token.
+        specials: token ids.
+
+    Returns:
+        For each caption the captioner's weights by name: (words, heads, N), on the CPU. Empty where it has none.
+    """
+    state = model.start(memory)
+    device = _device(state)
+    alive, looked = list(range(len(captions))), [dict[str, list[Tensor]]() for _ in captions]
+    tokens = torch.full((len(captions),), specials.start, device=device)
+    for position in range(max(1, *map(len, captions))):  # reading one token, the model says the next
+        _, state, weights = model.step(tokens, state, attention=True)
+        for name, value in weights.items():
+            for image, row in zip(alive, value.cpu(), strict=True):
+                looked[image].setdefault(name, []).append(row)
+        going = [row for row, image in enumerate(alive) if position + 1 < len(captions[image])]
+        if not going:
+            break
+        state = state.select(torch.tensor(going, device=device)) if len(going) < len(alive) else state
+        alive = [alive[row] for row in going]
+        tokens = torch.tensor([captions[image][position] for image in alive], device=device)
+    return [
+        {name: torch.stack(rows)[: len(caption)] for name, rows in found.items()}
+        for caption, found in zip(captions, looked, strict=True)
+    ]
 
 
 def decode_features(
-    model: Any, features: Tensor, specials: Specials, config: DecodingConfig, dtype: torch.dtype = torch.float32
+    model: Any,
+    features: Tensor,
+    specials: Specials,
+    config: DecodingConfig,
+    dtype: torch.dtype = torch.float32,
+    keys: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Encode ``features`` (B, ...) and search captions; fp32 unless asked otherwise."""
+    """Encode ``features`` (B, ...) and find captions, see ``decode``; fp32 unless asked otherwise."""
     device = next(model.parameters()).device
     reduced = dtype != torch.float32
     with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if reduced else nullcontext():
         memory = model.encode(features.to(device).float())
-        return decode(model, memory, len(features), specials, config)
+        return decode(model, memory, len(features), specials, config, keys)
+
+
+def decode_manifest(
+    model: Any,
+    manifest: Manifest,
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    decoding: DecodingConfig,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> dict[str, list[Hypothesis]]:
+    """Find captions for every image of ``manifest`` from cached features: image -> hypotheses, best first.
+
+    What is drawn for an image hangs on its name and the seed, not on the images around it.
+    """
+    specials = Specials.of(tokenizer)
+    names = [item.image for item in manifest.items if item.image not in cache.failed]
+    found: dict[str, list[Hypothesis]] = {}
+    for start in tqdm(range(0, len(names), batch_size), desc="captioning", unit="batch", disable=not progress):
+        part = names[start : start + batch_size]
+        keys = [image_key(name.encode()) for name in part]
+        found |= zip(part, decode_features(model, cache.rows(part), specials, decoding, keys=keys), strict=True)
+    return found
 
 
 def caption_manifest(
@@ -233,12 +709,6 @@ def caption_manifest(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, str]:
-    """Caption every image of ``manifest`` from cached features: image -> best caption."""
-    specials = Specials(tokenizer.start_id, tokenizer.end_id, tokenizer.banned_ids)
-    names = [item.image for item in manifest.items if item.image not in cache.failed]
-    captions: dict[str, str] = {}
-    for start in tqdm(range(0, len(names), batch_size), desc="captioning", unit="batch", disable=not progress):
-        part = names[start : start + batch_size]
-        found = decode_features(model, cache.rows(part), specials, decoding)
-        captions |= {name: tokenizer.decode(best[0].tokens) for name, best in zip(part, found, strict=True)}
-    return captions
+    """Caption every image of ``manifest`` from cached features: image -> best caption; see ``decode_manifest``."""
+    found = decode_manifest(model, manifest, cache, tokenizer, decoding, batch_size, progress)
+    return {name: tokenizer.decode(hypotheses[0].tokens) for name, hypotheses in found.items()}

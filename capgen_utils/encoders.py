@@ -1,6 +1,7 @@
 """Image encoders: photographs in, a grid of feature vectors out. Frozen, always in eval mode."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,10 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from capgen_utils.compat import import_torchvision
-from capgen_utils.config import data_dir, from_dict
-from capgen_utils.files import CapGenError, read_json
+from capgen_utils.config import SmallClipConfig, data_dir, from_dict
+from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
+from capgen_utils.presets import SMALL_CLIP
+from capgen_utils.tensors import read_tensors, save_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -60,6 +64,7 @@ class Encoder(nn.Module):
         settings: what it takes to build the network again, for encoders that are not public.
         public: the weights can be had by name; else a bundle carries them.
         training_run: minutes, epochs and machine of its pre-training, for an encoder that was trained here.
+        stem: a frozen encoder whose grid this one reads instead of pixels.
     """
 
     mean: Tensor
@@ -73,9 +78,10 @@ class Encoder(nn.Module):
         outputs: Mapping[str, tuple[int, ...]],
         settings: Mapping[str, Any] | None = None,
         public: bool = True,
+        stem: "Encoder | None" = None,
     ) -> None:
         super().__init__()
-        self.name, self.outputs = name, dict(outputs)
+        self.name, self.outputs, self.stem = name, dict(outputs), stem
         self.settings, self.public = dict(settings or {}), public
         self.training_run: dict[str, Any] | None = None
         self.trunk = trunk.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -91,6 +97,8 @@ class Encoder(nn.Module):
     def preprocessing(self, value: Preprocessing) -> None:
         """See the getter."""
         self._preprocessing = value
+        if self.stem is not None:
+            self.stem.preprocessing = value
         device = self.mean.device if hasattr(self, "mean") else None
         for name in ("mean", "std"):
             values = torch.tensor(getattr(value, name), device=device).view(1, -1, 1, 1)
@@ -107,8 +115,8 @@ class Encoder(nn.Module):
         return {"grid": maps.flatten(2).transpose(1, 2), "pooled": maps.mean((2, 3))}
 
     def weights_hash(self) -> str:
-        """Return a hash (16 hexadecimal digits) of all weights and buffers of the network."""
-        digest = hashlib.sha256()
+        """Return a hash (16 hexadecimal digits) of all weights and buffers of the network, its stem's included."""
+        digest = hashlib.sha256(self.stem.weights_hash().encode() if self.stem is not None else b"")
         for key, tensor in sorted(self.trunk.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -124,6 +132,7 @@ class Encoder(nn.Module):
             "settings": self.settings,
             "public": self.public,
             "training_run": self.training_run,
+            **({"stem": self.stem.describe()} if self.stem is not None else {}),
         }
 
 
@@ -163,25 +172,100 @@ def new_shapes_cnn(width: int = 128) -> Encoder:
     return Encoder("shapes_cnn", ShapesTrunk(width), preprocessing, outputs, {"width": width}, public=False)
 
 
-def load_encoder_folder(folder: Path) -> Encoder:
-    """Load an encoder that is not public from ``config.json`` and ``model.safetensors`` in ``folder``.
+_FOLDER_REMEDY = "train the encoder again (capgen pretrain), or get the bundle again"
+
+
+def save_encoder(folder: Path, encoder: Encoder) -> None:
+    """Write an encoder that is not public: its weights (fp32), its description, and its stem where that is not public.
+
+    Raises:
+        CapGenError: the folder cannot be written.
+    """
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        save_tensors(temporary / "model.safetensors", encoder.trunk.state_dict())
+        write_json(temporary / "config.json", encoder.describe())
+        if encoder.stem is not None and not encoder.stem.public:
+            save_encoder(temporary / "stem", encoder.stem)
+
+
+def load_encoder_folder(folder: Path, stem_weights: Path | None = None) -> Encoder:
+    """Load an encoder that is not public from what ``save_encoder`` wrote.
+
+    Args:
+        folder: holds ``config.json`` and ``model.safetensors``.
+        stem_weights: a local weights file of its stem, where that is public and cannot be downloaded.
 
     Raises:
         CapGenError: a file is missing or damaged, or the weights are not the ones described.
     """
-    remedy = "train the encoder again (capgen pretrain), or get the bundle again"
-    described = read_json(folder / "config.json", remedy)
-    if not isinstance(described, dict) or described.get("name") != "shapes_cnn":
-        raise CapGenError(f"{folder} holds no encoder that this version knows", remedy)
+    described = read_json(folder / "config.json", _FOLDER_REMEDY)
+    name = described.get("name") if isinstance(described, dict) else None
+    if name == "shapes_cnn":
+        encoder = _load_shapes_cnn(folder, described)
+    elif isinstance(name, str) and name.split(" ")[0] == SMALL_CLIP:
+        encoder = _load_small_clip(folder, described, stem_weights)
+    else:
+        raise CapGenError(f"{folder} holds no encoder that this version knows", _FOLDER_REMEDY)
+    encoder.training_run = described.get("training_run")
+    if encoder.name != name or encoder.weights_hash() != described.get("weights_hash"):
+        raise CapGenError(f"{folder}: the weights are not those that config.json describes", _FOLDER_REMEDY)
+    return encoder
+
+
+def _load_shapes_cnn(folder: Path, described: Mapping[str, Any]) -> Encoder:
     settings = described.get("settings")
     width = settings.get("width") if isinstance(settings, dict) else None
     if not isinstance(width, int) or not 8 <= width <= 1024 or width % 32:
-        raise CapGenError(f"{folder}/config.json: the width {width!r} is not possible", remedy)
+        raise CapGenError(f"{folder}/config.json: the width {width!r} is not possible", _FOLDER_REMEDY)
     encoder = new_shapes_cnn(width)
-    encoder.training_run = described.get("training_run")
-    load_weights(encoder.trunk, folder / "model.safetensors", remedy)
-    if encoder.weights_hash() != described.get("weights_hash"):
-        raise CapGenError(f"{folder}: the weights are not those that config.json describes", remedy)
+    load_weights(encoder.trunk, folder / "model.safetensors", _FOLDER_REMEDY)
+    return encoder
+
+
+def _load_small_clip(folder: Path, described: Mapping[str, Any], stem_weights: Path | None) -> Encoder:
+    sizes = small_clip_config(described.get("settings"))
+    stem = restore_encoder(described.get("stem"), folder / "stem", stem_weights, SMALL_CLIP)
+    if stem.stem is not None:
+        raise CapGenError(f"{folder}/config.json: a stem has no stem of its own", _FOLDER_REMEDY)
+    with torch.device("meta"):  # shapes first: nothing is allocated for weights that do not fit
+        shapes = {k: v.shape for k, v in new_small_clip(sizes, stem).trunk.state_dict().items()}
+    tensors = read_tensors(folder / "model.safetensors", shapes, _FOLDER_REMEDY)
+    encoder = new_small_clip(sizes, stem)
+    encoder.trunk.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return encoder
+
+
+def restore_encoder(
+    described: Any, own: Path | None = None, weights: Path | None = None, reader: str = "the captioner"
+) -> Encoder:
+    """Return the encoder that ``Encoder.describe`` described, with the preprocessing it had.
+
+    Args:
+        described: the description, as it was stored.
+        own: the folder that holds the encoder where it is not public.
+        weights: a local weights file; of its stem, where it has one.
+        reader: what was trained on the encoder, for the errors.
+
+    Raises:
+        CapGenError: its weights cannot be had, or are other ones than those of training.
+    """
+    if not isinstance(described, dict) or not all(isinstance(described.get(k), str) for k in ("name", "weights_hash")):
+        raise CapGenError(f"the description of the encoder of {reader} is damaged", _FOLDER_REMEDY)
+    name, private = described["name"], own is not None and own.is_dir()
+    if private and (weights is None or described.get("stem")):
+        encoder = load_encoder_folder(own, weights)  # type: ignore[arg-type]
+    else:
+        encoder = build_encoder(name, weights)
+    if encoder.name != name or encoder.weights_hash() != described["weights_hash"]:
+        raise CapGenError(
+            f"the weights of {name} are not those that {reader} was trained on",
+            "install the versions in constraints.txt, or pass the right file with --encoder-weights",
+        )
+    preprocessing = preprocessing_from_json(described.get("preprocessing"))
+    if preprocessing.size != encoder.preprocessing.size:
+        raise CapGenError(f"{name} does not read images of {preprocessing.size} pixels", _FOLDER_REMEDY)
+    encoder.preprocessing = preprocessing
     return encoder
 
 
@@ -285,6 +369,146 @@ def resnet(name: str, weights: Path | None = None) -> Encoder:
     return Encoder(name, trunk, Preprocessing(), {"grid": (49, width), "pooled": (width,)})
 
 
+class ClipVision(Encoder):
+    """CLIP's image half (arXiv 2103.00020): a vision transformer whose class token is projected into the shared space.
+
+    It looks at pixels or, as the small one that is trained here does, at the grid of a frozen stem: to the library's
+    code that grid is a picture of 7 x 7 pixels, say, with 1280 channels, and each pixel is a patch.
+
+    Outputs: ``embedding`` (E,), of length 1, and ``grid`` (1 + N, D), the last hidden states, class token first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        vision_model: nn.Module,
+        projection: nn.Linear,
+        preprocessing: Preprocessing,
+        settings: Mapping[str, Any] | None = None,
+        stem: Encoder | None = None,
+    ) -> None:
+        config: Any = vision_model.config
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        outputs = {"embedding": (projection.out_features,), "grid": (tokens, config.hidden_size)}
+        trunk = nn.ModuleDict({"vision_model": vision_model, "visual_projection": projection})
+        super().__init__(name, trunk, preprocessing, outputs, settings, public=stem is None, stem=stem)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Encode ``pixels`` (B, size, size, 3), values 0 to 255."""
+        if self.stem is not None:
+            return self.from_stem(self.stem(pixels)["grid"])
+        images = pixels.permute(0, 3, 1, 2).float() / 255
+        return self.look((images - self.mean) / self.std)
+
+    def from_stem(self, grid: Tensor) -> dict[str, Tensor]:
+        """Encode the stem's ``grid`` (B, N, D), computed just now or read from a cache: both give the same.
+
+        So it is rounded to float16, as a cache keeps it, and what follows is computed in float32.
+        """
+        with torch.autocast(grid.device.type, enabled=False):
+            return self.look(as_picture(grid.half().float()))
+
+    def look(self, picture: Tensor) -> dict[str, Tensor]:
+        """Encode ``picture`` (B, channels, side, side): normalised pixels, or the stem's grid."""
+        seen = self.trunk["vision_model"](pixel_values=picture)
+        embedding = self.trunk["visual_projection"](seen.pooler_output)
+        return {"embedding": F.normalize(embedding.float(), dim=-1), "grid": seen.last_hidden_state}
+
+
+def as_picture(grid: Tensor) -> Tensor:
+    """(B, N, D) -> (B, D, side, side) for a square grid of N = side * side vectors."""
+    side = math.isqrt(grid.shape[1])
+    return grid.transpose(1, 2).unflatten(2, (side, side))
+
+
+def small_clip_config(settings: Any) -> SmallClipConfig:
+    """Rebuild the sizes of a small CLIP from JSON.
+
+    Raises:
+        CapGenError: unknown or impossible values.
+    """
+    sizes = from_dict(SmallClipConfig, settings if isinstance(settings, dict) else {"settings": settings})
+    for tower in ("vision", "text"):
+        width, heads = getattr(sizes, f"{tower}_width"), getattr(sizes, f"{tower}_heads")
+        layers = getattr(sizes, f"{tower}_layers")
+        if not (0 < heads <= width <= 4096 and width % heads == 0 and 0 < layers <= 64):
+            raise CapGenError(f"a small CLIP of {sizes} is not possible", _FOLDER_REMEDY)
+    if not (0 < sizes.embed_size <= 4096 and 2 < sizes.seq_len <= 1024):
+        raise CapGenError(f"a small CLIP of {sizes} is not possible", _FOLDER_REMEDY)
+    return sizes
+
+
+def small_vision_config(sizes: SmallClipConfig, stem: Encoder) -> dict[str, Any]:
+    """Return the library's configuration of a vision tower that looks at the stem's grid.
+
+    Raises:
+        CapGenError: the stem's grid is not square.
+    """
+    places, depth = stem.outputs.get("grid", (0, 0))
+    side = math.isqrt(places)
+    if not places or side * side != places:
+        raise CapGenError(f"{stem.name} has no square grid that a small CLIP could look at", "choose another encoder")
+    return {
+        "hidden_size": sizes.vision_width,
+        "intermediate_size": 4 * sizes.vision_width,
+        "num_hidden_layers": sizes.vision_layers,
+        "num_attention_heads": sizes.vision_heads,
+        "projection_dim": sizes.embed_size,
+        "num_channels": depth,
+        "image_size": side,
+        "patch_size": 1,
+    }
+
+
+def new_small_clip(sizes: SmallClipConfig, stem: Encoder) -> ClipVision:
+    """Return the untrained image half of a small CLIP on ``stem``."""
+    import_torchvision()
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**small_vision_config(sizes, stem)))
+    return small_clip(tower, sizes, stem)
+
+
+def small_clip(halves: Any, sizes: SmallClipConfig, stem: Encoder) -> ClipVision:
+    """Return the image half of ``halves``, one of the library's CLIP models, as an encoder.
+
+    The name says what it sees through: "small_clip on efficientnet_lite0".
+    """
+    name = f"{SMALL_CLIP} on {stem.name}"
+    return ClipVision(name, halves.vision_model, halves.visual_projection, stem.preprocessing, asdict(sizes), stem)
+
+
+CLIP_PREPROCESSING = Preprocessing(
+    224, "crop", mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
+)
+
+
+CLIP_REMEDY = (
+    "provide CLIP in one of three ways: (1) connect to the network once, so that it can be fetched from the hub; "
+    "(2) name a local folder in the hub's layout (--encoder-weights FOLDER); "
+    "(3) use the small CLIP that is trained here (capgen pretrain): --encoder small_clip"
+)
+
+
+def clip_vision(name: str, weights: Path | None = None) -> Encoder:
+    """Return the image half of a published CLIP.
+
+    Args:
+        name: ``clip-vit-base-patch32`` (embedding 512, grid 50 x 768) or ``clip-vit-large-patch14`` (768, 257 x 1024).
+        weights: a local folder in the hub's layout; else the hub's own is taken.
+
+    Raises:
+        CapGenError: the weights can be neither found nor downloaded; names the three ways to provide them.
+    """
+    import_torchvision()
+    from transformers import CLIPVisionModelWithProjection
+
+    from capgen_utils.hub import load_pretrained
+
+    model = load_pretrained(CLIPVisionModelWithProjection, weights or f"openai/{name}", CLIP_REMEDY)
+    return ClipVision(name, model.vision_model, model.visual_projection, CLIP_PREPROCESSING)
+
+
 class Pixels(Encoder):
     """Not a network: hands the pixels on, so that an encoder can be trained by the loop that reads cached features."""
 
@@ -297,10 +521,12 @@ class Pixels(Encoder):
         return {"pixels": pixels.float()}
 
 
+CLIPS = ("clip-vit-base-patch32", "clip-vit-large-patch14")
 ENCODERS: dict[str, Callable[[Path | None], Encoder]] = {
     "efficientnet_lite0": efficientnet_lite0,
     "shapes_cnn": shapes_cnn,
     **{f"resnet{depth}": partial(resnet, f"resnet{depth}") for depth in (18, 34, 50, 101, 152)},
+    **{name: partial(clip_vision, name) for name in CLIPS},
 }
 
 
@@ -309,7 +535,7 @@ def build_encoder(name: str, weights: Path | None = None, resize: str | None = N
 
     Args:
         name: a key of ``ENCODERS``.
-        weights: a local file (or folder, for ``shapes_cnn``) instead of the public weights.
+        weights: a local file (or folder, for ``shapes_cnn`` and CLIP) instead of the public weights.
         resize: ``squash`` or ``crop`` instead of the encoder's default.
 
     Raises:
@@ -325,12 +551,13 @@ def build_encoder(name: str, weights: Path | None = None, resize: str | None = N
     return encoder
 
 
-def preprocessing_from_json(value: Mapping[str, Any]) -> Preprocessing:
+def preprocessing_from_json(value: Any) -> Preprocessing:
     """Rebuild a ``Preprocessing`` that a bundle stored.
 
     Raises:
         CapGenError: unknown fields or impossible values.
     """
+    value = value if isinstance(value, dict) else {}
     given = [value.get(key) for key in ("mean", "std")]
     mean, std = (tuple(v) if isinstance(v, list | tuple) else () for v in given)
     numbers = all(type(x) in (int, float) and abs(x) <= 100 for x in mean + std)

@@ -1,23 +1,25 @@
 """From a preset to a trained captioner: data, encoder, features, vocabulary, training, in the order they depend on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file
 
 from capgen_utils.batches import TrainingData
-from capgen_utils.checkpoint import save_encoder
-from capgen_utils.config import Preset, TrainingConfig, choose_device, choose_dtype, data_dir
+from capgen_utils.bpe import fit_tokenizer
+from capgen_utils.config import TrainingConfig, choose_device, choose_dtype
 from capgen_utils.datasets import Manifest, load_dataset
-from capgen_utils.encoders import Encoder, Pixels, build_encoder, new_shapes_cnn
+from capgen_utils.encoders import Encoder, build_encoder
 from capgen_utils.features import extract
-from capgen_utils.files import CapGenError, read_json
-from capgen_utils.models import JointCaptioner, build_model
-from capgen_utils.text import Tokenizer, WordTokenizer
+from capgen_utils.files import CapGenError
+from capgen_utils.language import fit_config, initialise
+from capgen_utils.models import build_model, feature_of
+from capgen_utils.presets import Preset, Recipe
+from capgen_utils.pretraining import encoder_folder, pretrain_encoder
+from capgen_utils.text import Tokenizer
 from capgen_utils.training import Trainer
 
 
@@ -27,24 +29,23 @@ class Prepared:
 
     Attributes:
         preset: as asked for, with the encoder that is really used.
+        recipe: how the captioner that this was prepared for is trained.
         manifest: all splits.
         encoder: frozen, on its device.
         dtype: compute dtype of the features.
         tokenizer: fitted on the training captions.
         data: images, captions and features.
+        root: folder of the dataset, as asked for.
     """
 
     preset: Preset
+    recipe: Recipe
     manifest: Manifest
     encoder: Encoder
     dtype: torch.dtype
     tokenizer: Tokenizer
     data: TrainingData
-
-
-def encoder_folder() -> Path:
-    """Return where pre-training keeps the encoder of ``shapes``."""
-    return data_dir() / "encoders" / "shapes_cnn"
+    root: Path | None = None
 
 
 def prepare(
@@ -52,7 +53,7 @@ def prepare(
     root: Path | None = None,
     encoder_weights: Path | None = None,
     limit: int | None = None,
-    output: str = "grid",
+    model: str = "transformer",
 ) -> Prepared:
     """Load data, encoder and features; what is missing and can be made here is made, with progress.
 
@@ -61,42 +62,36 @@ def prepare(
         root: folder of the dataset, where it is not in its usual place.
         encoder_weights: a local weights file.
         limit: images of each split, for a quick look.
-        output: of the encoder, such as ``grid``.
+        model: the captioner to prepare for: a key of ``models.MODELS``.
 
     Raises:
         CapGenError: the dataset or the weights cannot be had; says what to do.
     """
+    recipe = preset.recipe(model)
     state = PartialState()
     with state.main_process_first():  # of several processes one draws the data set, the others find it
         manifest = load_dataset(preset.dataset, root, limit)
-    if preset.pretraining is not None and encoder_weights is None:
-        if state.num_processes > 1 and not (encoder_folder() / "model.safetensors").is_file():
+    encoder = _encoder(preset, recipe, root, encoder_weights)
+    output = feature_of(model, recipe.config)
+    train = manifest.split("train")
+    with state.main_process_first():  # and one writes the features
+        flipped = extract(train, encoder, output, flip=True) if preset.flip else None
+        plain = extract(manifest, encoder, output)
+    data = TrainingData(train, manifest.split("dev"), plain, flipped)
+    tokenizer = fit_tokenizer(recipe.tokenizer, train.captions(), preset.min_count)
+    return Prepared(preset, recipe, manifest, encoder, choose_dtype(choose_device()), tokenizer, data, root)
+
+
+def _encoder(preset: Preset, recipe: Recipe, root: Path | None, weights: Path | None) -> Encoder:
+    """The recipe's encoder; what has to be trained here for it is trained first."""
+    if weights is None and preset.pretraining is not None and recipe.encoder == preset.encoder:
+        if PartialState().num_processes > 1 and not (encoder_folder() / "model.safetensors").is_file():
             raise CapGenError(
                 f"the encoder {preset.encoder} is not trained yet", f"run first: capgen pretrain --preset {preset.name}"
             )
         pretrain_encoder(preset, root)
-    device = choose_device()
-    with state.main_process_first():  # and one writes the features
-        encoder = build_encoder(preset.encoder, encoder_weights).to(device)
-        train = manifest.split("train")
-        flipped = extract(train, encoder, output, flip=True) if preset.flip else None
-        plain = extract(manifest, encoder, output)
-    data = TrainingData(train, manifest.split("dev"), plain, flipped)
-    tokenizer = WordTokenizer.fit(train.captions(), preset.min_count)
-    return Prepared(preset, manifest, encoder, choose_dtype(device), tokenizer, data)
-
-
-def model_settings(preset: Preset, model_name: str) -> Any:
-    """Return the hyperparameters that ``preset`` has for a model.
-
-    Raises:
-        CapGenError: it has none.
-    """
-    if model_name not in preset.model:
-        raise CapGenError(
-            f"the preset {preset.name} has no model {model_name!r}", f"choose one of {', '.join(preset.model)}"
-        )
-    return preset.model[model_name]
+    with PartialState().main_process_first():
+        return build_encoder(str(recipe.encoder), weights).to(choose_device())
 
 
 def make_trainer(
@@ -117,56 +112,22 @@ def make_trainer(
         trackers: see ``Trainer``.
 
     Raises:
-        CapGenError: the preset says nothing of this model.
+        CapGenError: the preset says nothing of this model, or it needs other features or tokens than were prepared.
     """
-    preset = prepared.preset
-    config = model_config or model_settings(preset, model_name)
-    training = training or preset.training
+    recipe = prepared.preset.recipe(model_name)
+    config, training = fit_config(model_config or recipe.config), training or recipe.training or TrainingConfig()
     torch.manual_seed(training.seed)
-    shape = prepared.encoder.outputs["grid"]
+    output = feature_of(model_name, config)
+    shape = prepared.encoder.outputs.get(output)
+    if (recipe.encoder, recipe.tokenizer) != (prepared.recipe.encoder, prepared.recipe.tokenizer) or (
+        shape != prepared.data.plain.shape
+    ):
+        raise CapGenError(
+            f"what was prepared is not what {model_name} reads", f"call prepare(preset, model={model_name!r})"
+        )
     model = build_model(model_name, config, prepared.tokenizer, shape)
+    initialise(model, prepared.preset, prepared.tokenizer, prepared.root)
     return Trainer(
         model_name, model, prepared.tokenizer, prepared.data, prepared.encoder, training,
-        preset.decoding, folder, preset.name, prepared.dtype, trackers,
+        recipe.decoding or prepared.preset.decoding, folder, prepared.preset.name, prepared.dtype, trackers,
     )  # fmt: skip
-
-
-def pretrain_encoder(preset: Preset, root: Path | None = None, folder: Path | None = None) -> Path:
-    """Train the preset's own small encoder from image-caption pairs, once; later calls find it.
-
-    Encoder and a small transformer captioner learn together on the training split; the captioner is thrown away.
-
-    Returns:
-        The folder of the encoder.
-
-    Raises:
-        CapGenError: the preset's encoder is not one that is trained here.
-    """
-    if preset.pretraining is None:
-        raise CapGenError(
-            f"the encoder {preset.encoder} of preset {preset.name} needs no pre-training", "go on with: capgen train"
-        )
-    folder = folder or encoder_folder()
-    if (folder / "model.safetensors").is_file():
-        return folder
-    print(f"pre-training the {preset.encoder} encoder once; it is kept in {folder}")
-    manifest = load_dataset(preset.dataset, root)
-    encoder = new_shapes_cnn()
-    pixels = Pixels(encoder.preprocessing)
-    train = manifest.split("train")
-    data = TrainingData(train, manifest.split("dev"), extract(manifest, pixels, "pixels", dtype=torch.float32))
-    tokenizer = WordTokenizer.fit(train.captions(), preset.min_count)
-    torch.manual_seed(preset.pretraining.seed)
-    encoder = new_shapes_cnn()  # again, after the seed
-    config = replace(preset.model["transformer"], dropout=0.0)  # shifted images are enough against learning by heart
-    joint = JointCaptioner(encoder, build_model("transformer", config, tokenizer, encoder.outputs["grid"]))
-    run = folder.parent / f"{folder.name}-run"
-    Trainer(
-        "joint", joint, tokenizer, data, pixels, preset.pretraining, preset.decoding, run, preset.name, torch.float32
-    ).train()
-    best = load_file(run / "bundle" / "model.safetensors")
-    prefix = "encoder.trunk."
-    encoder.trunk.load_state_dict({k.removeprefix(prefix): v.float() for k, v in best.items() if k.startswith(prefix)})
-    encoder.training_run = read_json(run / "bundle" / "config.json", "run pre-training again").get("training_run")
-    save_encoder(folder, encoder.cpu())
-    return folder

@@ -2,54 +2,25 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import regex
-
 from capgen_utils.files import CapGenError
-
-# In the order of the alternatives: an ideograph or kana is a word by itself; a contraction's second half
-# (n't, 's, 're …) is split off as the Penn Treebank does; hyphens, dots and apostrophes inside a word belong
-# to it (t-shirt, u.s, o'clock), and so does a comma or a dot inside a number. Other punctuation is dropped.
-_WORD = regex.compile(
-    r"""[\p{Han}\p{Hiragana}\p{Katakana}]
-      | \p{L}[\p{L}\p{M}]*?(?=n't\b)
-      | n't\b
-      | '(?:s|m|d|re|ve|ll)\b
-      | \p{N}+(?:[.,]\p{N}+)*[\p{L}\p{M}]*
-      | [\p{L}\p{M}\p{N}]+(?:(?:[-.&/](?=[\p{L}\p{N}])|'(?!(?:s|m|d|re|ve|ll)\b)(?=\p{L}))[\p{L}\p{M}\p{N}]+)*
-    """,
-    regex.VERBOSE,
-)
-_CJK_GAP = regex.compile(r"(?<=[\p{Han}\p{Hiragana}\p{Katakana}]) (?=[\p{Han}\p{Hiragana}\p{Katakana}])")
-
-
-def tokenise(caption: str) -> list[str]:
-    """Split a caption into lower-case words, punctuation dropped, contractions split ("it's" -> "it", "'s").
-
-    The same function prepares training captions, hypotheses and references, so no score depends on how
-    a caption happened to be punctuated.
-    """
-    return _WORD.findall(caption.lower().replace("\u2019", "'").replace("`", "'"))
-
-
-def join_words(words: Sequence[str]) -> str:
-    """Write words as a caption; what ``tokenise`` split off is attached again ("it", "'s" -> "it's")."""
-    text = ""
-    for word in words:
-        text += word if not text or word.startswith("'") or word == "n't" else f" {word}"
-    return _CJK_GAP.sub("", text)
+from capgen_utils.treebank import join_words as join_words
+from capgen_utils.treebank import tokenise as tokenise
 
 
 class Tokenizer(ABC):
     """What a captioner needs to know of a vocabulary.
 
     Attributes:
-        pad_id, start_id, end_id: ids of the special tokens; all different.
-        banned_ids: ids that decoding never emits (padding, start, ``<unk>``).
+        kind: what ``tokenizer.json`` calls this sort of tokenizer.
+        pad_id, start_id, end_id: ids of the special tokens. Padding differs from both others; start may equal end,
+            where the model only knows a token between texts (GPT-2).
+        banned_ids: ids that decoding never emits (padding, ``<unk>``, and start where it is not the end token).
     """
 
+    kind: str
     pad_id: int
     start_id: int
     end_id: int
@@ -84,11 +55,12 @@ class WordTokenizer(Tokenizer):
 
     def __init__(self, words: Sequence[str]) -> None:
         self.vocabulary = [*self.specials, *words]
-        self._ids = {word: i for i, word in enumerate(self.vocabulary)}
-        if len(self._ids) != len(self.vocabulary):
+        if len(set(self.vocabulary)) != len(self.vocabulary):
             raise CapGenError(
                 "the vocabulary holds a word twice", "the tokenizer file is damaged: get the bundle again"
             )
+        # Special tokens are not in it: a caption that spells one holds an unknown word.
+        self._ids = {word: i for i, word in enumerate(words, len(self.specials))}
         self.pad_id, self.start_id, self.end_id, self.unk_id = range(len(self.specials))
         self.banned_ids = (self.pad_id, self.start_id, self.unk_id)
 
@@ -102,7 +74,7 @@ class WordTokenizer(Tokenizer):
             CapGenError: no word is frequent enough.
         """
         counts = Counter(word for caption in captions for word in tokenise(caption))
-        kept = [(-count, word) for word, count in counts.items() if count >= min_count]
+        kept = [(-n, word) for word, n in counts.items() if n >= min_count and word not in cls.specials]
         if not kept:
             raise CapGenError(
                 f"no word occurs {min_count} times in the training captions",
@@ -135,14 +107,14 @@ class WordTokenizer(Tokenizer):
         """See ``Tokenizer.to_json``."""
         return {"kind": self.kind, "words": self.vocabulary[len(self.specials) :]}
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "WordTokenizer":
+        """Rebuild a vocabulary from ``to_json``.
 
-def tokenizer_from_json(value: Any) -> Tokenizer:
-    """Rebuild a tokenizer from ``Tokenizer.to_json``.
-
-    Raises:
-        CapGenError: not a tokenizer of this version.
-    """
-    words = value.get("words") if isinstance(value, dict) and value.get("kind") == WordTokenizer.kind else None
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise CapGenError("tokenizer.json is not a tokenizer that this version knows", "get the bundle again")
-    return WordTokenizer(words)
+        Raises:
+            CapGenError: the words are none, or one stands twice.
+        """
+        words = value.get("words")
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise CapGenError("tokenizer.json does not hold a list of words", "get the bundle again")
+        return cls(words)

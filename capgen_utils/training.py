@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capgen_utils.batches import (
-    IGNORED,
     Batch,
     Chunk,
     TrainingData,
-    caption_loss,
     chunks_by_length,
     count_targets,
     epoch_batches,
@@ -34,6 +32,7 @@ from capgen_utils.files import CapGenError, explain_os_errors, fingerprint, read
 from capgen_utils.machine import machine, revision
 from capgen_utils.metrics import bleu, diversity
 from capgen_utils.models import CaptionModel
+from capgen_utils.models.base import IGNORED
 from capgen_utils.text import Tokenizer
 
 DEV_PROTOCOL = "greedy, dev split, before the weights are rounded to float16"
@@ -50,7 +49,7 @@ class _Step(nn.Module):
     def forward(self, features: Tensor, chunks: Sequence[Chunk], label_smoothing: float) -> Tensor:
         """Return the summed loss of all chunks; the images are encoded once."""
         memory = self.model.encode(features)
-        losses = [caption_loss(self.model(memory, c.inputs, c.image), c.targets, label_smoothing) for c in chunks]
+        losses = [self.model.loss(memory, c.inputs, c.image, c.targets, label_smoothing) for c in chunks]
         return torch.stack(losses).sum()
 
 
@@ -120,7 +119,9 @@ class Trainer:
 
     @staticmethod
     def _floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return ((k, v) for k, v in model.state_dict().items() if v.is_floating_point())
+        """All that changes while training; frozen weights need no average."""
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        return ((k, v) for k, v in model.state_dict().items() if v.is_floating_point() and k not in frozen)
 
     @property
     def checkpoint_path(self) -> Path:
@@ -175,10 +176,11 @@ class Trainer:
 
     def _train_step(self, batch: Batch, idle: bool = False) -> None:
         batch = batch.to(self.accelerator.device)
-        chunks = chunks_by_length(batch, self.tokenizer.pad_id)
+        chunks = chunks_by_length(batch, self.tokenizer.pad_id, self.model.chunks)
         if idle:
             chunks = [replace(chunk, targets=torch.full_like(chunk.targets, IGNORED)) for chunk in chunks]
         self._set_learning_rate()
+        self.model.advance(self.progress.step / max(1, self.total_steps))
         with self.accelerator.autocast():
             total = self.step_module(batch.features.float(), chunks, self.config.label_smoothing)
         count = self.accelerator.reduce(count_targets(chunks), "sum")
@@ -224,25 +226,23 @@ class Trainer:
         progress.history.append(entry)
         progress.epoch, progress.batch, progress.epoch_loss, progress.epoch_tokens = progress.epoch + 1, 0, 0.0, 0
         waited = progress.epoch - 1 - progress.best_epoch
-        progress.done = last or ("BLEU-4" in entry and waited >= self.config.patience)
+        progress.done = last or ("dev_loss" in entry and waited >= self.config.patience)
         self._log(entry)
         self._save(time.perf_counter())
 
     def _evaluate(self) -> dict[str, Any]:
-        """Score generated dev captions with the averaged weights; the best weights become the bundle."""
+        """Score the averaged weights on the dev split; the best weights become the bundle."""
         own = {k: v.detach().clone() for k, v in self.model.state_dict().items()} if self.average is not None else None
         if self.average is not None:
             self.model.load_state_dict(self.average, strict=False)
         self.model.eval()
         result: dict[str, Any] = {"dev_loss": self._dev_loss()}
-        dev = self.data.dev.limit(self.config.dev_images)
-        spoken = caption_manifest(self.model, dev, self.data.plain, self.tokenizer, replace(self.decoding, beam=1))
-        result |= bleu(spoken, {item.image: item.captions for item in dev.items}) | diversity(spoken)
-        result["samples"] = {item.image: spoken[item.image] for item in dev.items[:SAMPLES]}
-        progress = self.progress
+        if not self.model.select_by_loss:
+            result |= self._dev_captions()
+        progress, score = self.progress, result.get("BLEU-4", 0.0)
         # Few or short captions can leave BLEU-4 at 0 for many epochs: among equals the lower dev loss is better.
-        if (result["BLEU-4"], -result["dev_loss"]) > (progress.best, -progress.best_loss):
-            progress.best, progress.best_loss = result["BLEU-4"], result["dev_loss"]
+        if (score, -result["dev_loss"]) > (progress.best, -progress.best_loss):
+            progress.best, progress.best_loss = score, result["dev_loss"]
             progress.best_epoch = progress.epoch
             if self.accelerator.is_main_process:
                 save_bundle(self.folder / "bundle", self.bundle(result), self.encoder)
@@ -250,6 +250,13 @@ class Trainer:
             self.model.load_state_dict(own)
         self.model.train()
         return result
+
+    def _dev_captions(self) -> dict[str, Any]:
+        dev = self.data.dev.limit(self.config.dev_images)
+        spoken = caption_manifest(self.model, dev, self.data.plain, self.tokenizer, replace(self.decoding, beam=1))
+        samples = {item.image: spoken[item.image] for item in dev.items[:SAMPLES]}
+        references = {item.image: item.captions for item in dev.items}
+        return bleu(spoken, references) | diversity(spoken) | {"samples": samples}
 
     def bundle(self, dev: Mapping[str, Any]) -> Bundle:
         """Return the model as it is now with everything a bundle says of it."""
@@ -268,7 +275,7 @@ class Trainer:
             items = dev[start : start + self.config.batch_images]
             batch = make_batch(items, [False] * len(items), self.data, self.tokenizer, self.model.config.seq_len)
             batch = batch.to(self.accelerator.device)
-            chunks = chunks_by_length(batch, self.tokenizer.pad_id)
+            chunks = chunks_by_length(batch, self.tokenizer.pad_id, self.model.chunks)
             with self.accelerator.autocast():
                 total += self.step_module(batch.features.float(), chunks, 0.0).item()
             count += int(count_targets(chunks))

@@ -114,12 +114,22 @@ def tiny_encoder(width: int = 12, size: int = 24, seed: int = 0) -> Encoder:
 
 TINY_SIZES: dict[str, Any] = {
     "img_size": 24, "seq_len": 16, "d_model": 32, "n_decode": 2, "n_head": 4, "fc_dim": 64, "dropout": 0.0,
-    "word_dropout": 0.0,
+    "word_dropout": 0.0, "embed_size": 32, "hidden_size": 32, "attention_size": 16, "num_layers": 2,
+    "tower_layers": 2, "tower_width": 32, "tower_heads": 4, "tower_positions": 20, "n_embd": 32, "n_layer": 2, "n_positions": 20,
 }  # fmt: skip
 
 
+# Ways to build a captioner that differ in more than size: name -> (model, hyperparameters).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "show_tell, pooled": ("show_tell", {"image": "pooled"}),
+    "clip_prefix, tower": ("clip_prefix", {"text_inputs": "tower"}),
+}
+
+
 def tiny_config(model: str = "transformer", **changes: Any) -> Any:
-    """Return small hyperparameters of any registered model: those of ``TINY_SIZES`` that it has."""
+    """Return small hyperparameters of any registered model or variant: those of ``TINY_SIZES`` that it has."""
+    model, own = VARIANTS.get(model, (model, {}))
+    changes = own | changes
     kind = models.MODELS[model][1]
     known = {field.name for field in fields(kind)}
     return kind(**{k: v for k, v in (TINY_SIZES | changes).items() if k in known})
@@ -130,18 +140,28 @@ def tiny_tokenizer(words: int = 12) -> WordTokenizer:
     return WordTokenizer([f"word{i}" for i in range(words)])
 
 
+def tiny_shape(model: str) -> tuple[int, ...]:
+    """Return the shape of one image's features that a registered model or variant reads: a grid or a vector."""
+    return (9, 12) if models.feature_of(VARIANTS.get(model, (model,))[0], tiny_config(model)) == "grid" else (12,)
+
+
 def tiny_model(
-    model: str = "transformer", tokenizer: Tokenizer | None = None, shape: tuple[int, ...] = (9, 12), **changes: Any
+    model: str = "transformer", tokenizer: Tokenizer | None = None, shape: tuple[int, ...] | None = None, **changes: Any
 ) -> models.CaptionModel:
     """Return a small random captioner in eval mode, fp32."""
     torch.manual_seed(7)
-    built = models.build_model(model, tiny_config(model, **changes), tokenizer or tiny_tokenizer(), shape).eval()
+    config, name = tiny_config(model, **changes), VARIANTS.get(model, (model,))[0]
+    built = models.build_model(name, config, tokenizer or tiny_tokenizer(), shape or tiny_shape(model)).eval()
     with torch.no_grad():  # what it says depends on the image more than on chance alone
         for name, parameter in built.named_parameters():
             if ("cross" in name or "projection" in name) and name.endswith("weight"):
                 parameter.mul_(4)
             elif name == "norm.weight":
                 parameter.mul_(3)
+            elif name.endswith(("wte.weight", "head.weight")):  # GPT-2 begins with small numbers
+                parameter.mul_(10)
+            elif name.endswith(".gate"):  # and looks at no image at first
+                parameter.fill_(1.0)
     return built
 
 

@@ -9,16 +9,15 @@ from helpers import tiny_data, tiny_model
 from torch.nn import functional as F
 
 from capgen_utils.batches import (
-    IGNORED,
     Batch,
     TrainingData,
-    caption_loss,
     captions_of,
     chunks_by_length,
     count_targets,
     epoch_batches,
     make_batch,
 )
+from capgen_utils.models import IGNORED, caption_loss
 from capgen_utils.config import TrainingConfig
 from capgen_utils.datasets import Item
 from capgen_utils.text import WordTokenizer

@@ -9,9 +9,11 @@ import torch
 
 from capgen_utils import Captioner, shapes
 from capgen_utils.checkpoint import load_bundle
-from capgen_utils.config import PRESETS, DecodingConfig, Preset
+from capgen_utils.config import DecodingConfig
 from capgen_utils.files import CapGenError
-from capgen_utils.recipes import make_trainer, model_settings, prepare, pretrain_encoder
+from capgen_utils.presets import PRESETS, Preset, Recipe
+from capgen_utils.pretraining import pretrain_encoder
+from capgen_utils.recipes import make_trainer, prepare
 from capgen_utils.text import tokenise
 
 
@@ -22,10 +24,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Preset]:
     shapes.generate(folder / "shapes", 40)
     preset = PRESETS["shapes"]
     assert preset.pretraining is not None
-    tiny = replace(preset.model["transformer"], d_model=32, fc_dim=64, n_decode=1)
+    tiny = replace(preset.recipe("transformer").config, d_model=32, fc_dim=64, n_decode=1)
     changed = {"epochs": 1, "batch_images": 8, "dtype": "fp32"}
     return folder, replace(
-        preset, model={"transformer": tiny}, training=replace(preset.training, **changed),
+        preset, models={"transformer": Recipe(tiny)}, training=replace(preset.training, **changed),
         pretraining=replace(preset.pretraining, **changed), decoding=DecodingConfig(beam=1, max_length=10),
     )  # fmt: skip
 
@@ -86,4 +88,4 @@ def test_only_some_encoders_are_trained_here() -> None:
 
 def test_a_model_that_the_preset_does_not_know() -> None:
     with pytest.raises(CapGenError, match="transformer"):
-        model_settings(PRESETS["shapes"], "lstm9000")
+        PRESETS["shapes"].recipe("lstm9000")

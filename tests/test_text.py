@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capgen_utils.bpe import tokenizer_from_json
 from capgen_utils.files import CapGenError
-from capgen_utils.text import WordTokenizer, join_words, tokenise, tokenizer_from_json
+from capgen_utils.text import WordTokenizer, join_words, tokenise
 
 CAPTIONS = ["A dog runs .", "A dog , a cat .", "the dog sleeps"]
 

@@ -2,10 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORED = -100  # the target of padding
 
 
 class State(Protocol):
@@ -22,11 +27,21 @@ class CaptionModel(nn.Module, ABC):
     Class attributes:
         name: key in ``models.MODELS``.
         feature: the encoder output it reads, such as ``grid``.
+        chunks: parts of about one caption length that a training batch is read in.
+        select_by_loss: the best epoch is the one with the lowest dev loss, and no dev captions are generated; else the
+            one with the highest BLEU-4.
     """
 
     name: str
     feature: str
+    chunks: int = 4
+    select_by_loss: bool = False
     config: Any
+
+    @classmethod
+    def feature_of(cls, config: Any) -> str:
+        """Return the encoder output that a captioner with these hyperparameters reads."""
+        return cls.feature
 
     @abstractmethod
     def encode(self, features: Tensor) -> Any:
@@ -62,6 +77,33 @@ class CaptionModel(nn.Module, ABC):
             Logits (M, V) of the next token, the new state, and weights: name -> (M, heads, N), empty unless asked for.
         """
 
+    def loss(self, memory: Any, tokens: Tensor, image: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Return what training minimises, summed over the targets: cross-entropy, unless a captioner adds to it.
+
+        Args:
+            memory, tokens, image: as in ``forward``.
+            targets: (M, T), the token that follows each position; ``IGNORED`` where there is none.
+            label_smoothing: share of the target probability spread evenly over the vocabulary.
+        """
+        return caption_loss(self(memory, tokens, image), targets, label_smoothing)
+
+    def advance(self, share: float) -> None:
+        """Hear before each training step which ``share`` of training is done (0 to 1); schedules hang on it."""
+
+
+def caption_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return cross-entropy in nats, summed over all targets but ``IGNORED`` ones.
+
+    Args:
+        logits: (M, T, V).
+        targets: (M, T).
+        label_smoothing: share of the target probability spread evenly over the vocabulary.
+    """
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum",
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+
 
 class Grouping:
     """Puts the captions of one image side by side, so that they share its keys and values without a copy.
@@ -92,3 +134,70 @@ class Grouping:
         """(B, S, ...) -> (M, ...): the inverse of ``gather``."""
         rows = grouped.reshape(self.images * self.slots, *grouped.shape[2:])
         return rows if self.plain else rows[self.position]
+
+
+@dataclass
+class Memory:
+    """What is computed once for B images: every field is a tensor whose dimension ``axis`` counts the images."""
+
+    axis: ClassVar[int] = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return next(iter(self.tensors().values())).shape[self.axis]
+
+    def select(self, rows: Tensor) -> Self:
+        """Return the memory of images ``rows``."""
+        return replace(self, **{name: tensor.index_select(self.axis, rows) for name, tensor in self.tensors().items()})
+
+
+@dataclass
+class SharedState:
+    """What decoding carries: the images' memory, shared, and what each of M hypotheses has for itself.
+
+    Attributes:
+        memory: of B images; never copied for a hypothesis.
+        image: (M,), the row of ``memory`` of each hypothesis.
+        cache: tensors (layers, M, ...), such as the keys and values of the tokens read so far.
+    """
+
+    memory: Any
+    image: Tensor
+    cache: tuple[Tensor, ...]
+
+    @classmethod
+    def new(cls, memory: Any, *cache: Tensor) -> Self:
+        """Return the state before the first token, one hypothesis an image."""
+        return cls(memory, torch.arange(memory.images, device=cache[0].device), cache)
+
+    @cached_property
+    def grouping(self) -> Grouping:
+        """The grouping of ``image``, kept while the set of hypotheses stays the same."""
+        return Grouping(self.image, self.memory.images)
+
+    def after(self, *cache: Tensor) -> Self:
+        """Return the state of the same hypotheses one token later."""
+        state = replace(self, cache=cache)
+        if "grouping" in vars(self):
+            state.grouping = self.grouping
+        return state
+
+    def select(self, rows: Tensor) -> Self:
+        """Return the state of hypotheses ``rows`` (M',).
+
+        The images' memory is not copied, but for this: once half of the images have no hypothesis
+        left, the rest move together, so that finished captions cost nothing.
+        """
+        image, memory = self.image[rows], self.memory
+        present = torch.unique(image)
+        if 2 * len(present) <= memory.images:
+            memory, image = memory.select(present), torch.searchsorted(present, image)
+        state = replace(self, memory=memory, image=image, cache=tuple(tensor[:, rows] for tensor in self.cache))
+        if "grouping" in vars(self) and memory is self.memory and torch.equal(image, self.image):
+            state.grouping = self.grouping
+        return state

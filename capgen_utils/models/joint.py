@@ -35,6 +35,7 @@ class JointCaptioner(CaptionModel):
     def __init__(self, encoder: Encoder, captioner: CaptionModel) -> None:
         super().__init__()
         self.encoder, self.captioner, self.config = encoder, captioner, captioner.config
+        self.chunks = captioner.chunks
         encoder.trunk.requires_grad_(True)
 
     def encode(self, features: Tensor) -> Any:
@@ -48,6 +49,14 @@ class JointCaptioner(CaptionModel):
     def forward(self, memory: Any, tokens: Tensor, image: Tensor) -> Tensor:
         """See ``CaptionModel.forward``."""
         return self.captioner(memory, tokens, image)
+
+    def loss(self, memory: Any, tokens: Tensor, image: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """See ``CaptionModel.loss``."""
+        return self.captioner.loss(memory, tokens, image, targets, label_smoothing)
+
+    def advance(self, share: float) -> None:
+        """See ``CaptionModel.advance``."""
+        self.captioner.advance(share)
 
     def start(self, memory: Any) -> State:
         """See ``CaptionModel.start``."""

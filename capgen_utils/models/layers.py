@@ -1,8 +1,13 @@
-"""Two operations every captioner uses, written for CPUs too: attention and dropout."""
+"""What several captioners are made of: attention and dropout, written for CPUs too, and the transformer's layer."""
+
+import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from capgen_utils.models.base import Grouping
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, causal: bool = False) -> Tensor:
@@ -15,6 +20,33 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, causal: bool = False) ->
         return F.scaled_dot_product_attention(query, keys, values, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(query.float(), keys.float(), values.float(), is_causal=causal)
+
+
+def attend_images(
+    query: Tensor, keys: Tensor, values: Tensor, grouping: Grouping, attention: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of captions over their images, which are never copied.
+
+    Args:
+        query: (M, heads, T, width).
+        keys, values: (B, heads, N, width), one entry an image, shared by all of its captions.
+        grouping: which captions belong to which image.
+        attention: also return the weights.
+
+    Returns:
+        What was read, (M, heads, T, width), and the weights (M, heads, T, N) where asked for.
+    """
+    length = query.shape[2]
+    grouped = grouping.gather(query).transpose(1, 2).flatten(2, 3)  # (B, heads, S * T, width)
+    weights = None
+    if attention:
+        scores = grouped @ keys.transpose(-1, -2) * grouped.shape[-1] ** -0.5
+        weights = scores.softmax(-1)  # (B, heads, S * T, N)
+        attended = weights @ values
+        weights = grouping.scatter(weights.unflatten(2, (-1, length)).transpose(1, 2))
+    else:
+        attended = attend(grouped, keys, values)
+    return grouping.scatter(attended.unflatten(2, (-1, length)).transpose(1, 2)), weights
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
@@ -31,6 +63,16 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     return x * (keep.to(x.dtype) * (256 / (256 - dropped)))
 
 
+def hide_words(tokens: Tensor, probability: float, unk_id: int, training: bool) -> Tensor:
+    """Write ``unk_id`` over words of ``tokens`` (M, T) with ``probability`` while training, so that a decoder looks at
+    the image instead of finishing the sentence by heart; the start token is no word and stays."""
+    if not training or not probability:
+        return tokens
+    hidden = torch.rand(tokens.shape, device=tokens.device) < probability
+    hidden[:, 0] = False
+    return tokens.masked_fill(hidden, unk_id)
+
+
 class Dropout(nn.Module):
     """``dropout`` as a module."""
 
@@ -41,3 +83,107 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with elements dropped while training."""
         return dropout(x, self.probability, self.training)
+
+
+def sinusoids(places: Tensor, width: int) -> Tensor:
+    """Sines and cosines of ``places`` (N,) at wavelengths from 2 pi to 10000 x 2 pi: (N, width)."""
+    rates = 10000 ** (-torch.arange(0, width, 2) / width)
+    angles = places[:, None] * rates  # (N, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+
+
+def grid_sinusoids(positions: int, width: int) -> Tensor:
+    """Sines and cosines of row and column, half of the width each, for a square grid; one axis for any other."""
+    side = math.isqrt(positions)
+    if side * side != positions:
+        return sinusoids(torch.arange(positions), width)
+    row, column = torch.arange(positions) // side, torch.arange(positions) % side
+    return torch.cat([sinusoids(row, width // 2), sinusoids(column, width - width // 2)], dim=1)
+
+
+class DecoderSizes(Protocol):
+    """The hyperparameters that a decoder layer needs."""
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        ...
+
+    @property
+    def n_head(self) -> int:
+        """Attention heads; divides ``d_model``."""
+        ...
+
+    @property
+    def fc_dim(self) -> int:
+        """Width of the feed-forward network."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """Probability."""
+        ...
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each behind a layer norm and beside a residual.
+
+    Args:
+        config: sizes.
+        cross: with cross-attention to an image; without it the layer is a plain causal one, as in GPT-2.
+    """
+
+    def __init__(self, config: DecoderSizes, cross: bool = True) -> None:
+        super().__init__()
+        width, self.heads, self.dropout, self.cross = config.d_model, config.n_head, config.dropout, cross
+        self.norm_self = nn.LayerNorm(width)
+        if cross:
+            self.norm_cross = nn.LayerNorm(width)
+        self.norm_feed = nn.LayerNorm(width)
+        self.self_qkv = nn.Linear(width, 3 * width)
+        self.self_out = nn.Linear(width, width)
+        if cross:
+            self.cross_query = nn.Linear(width, width)
+            self.cross_out = nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, config.fc_dim), nn.GELU(), nn.Linear(config.fc_dim, width))
+
+    def last_linears(self) -> list[nn.Linear]:
+        """The linear maps whose results are added to the residual stream."""
+        last = [self.self_out, *([self.cross_out] if self.cross else []), self.feed[-1]]
+        return [m for m in last if isinstance(m, nn.Linear)]
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(M, T, D) -> (M, heads, T, D / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def project_self(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of self-attention: (M, T, D) -> three (M, heads, T, D / heads)."""
+        query, key, value = self.self_qkv(self.norm_self(x)).chunk(3, dim=-1)
+        return self.split_heads(query), self.split_heads(key), self.split_heads(value)
+
+    def add_self(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+        """Add self-attention to ``x`` (M, T, D)."""
+        attended = attend(query, key, value, causal)
+        return x + self.drop(self.self_out(attended.transpose(1, 2).flatten(2)))
+
+    def add_cross(
+        self, x: Tensor, keys: Tensor, values: Tensor, grouping: Grouping, attention: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add attention over the image to ``x`` (M, T, D).
+
+        Args:
+            keys, values: (B, heads, N, D / heads), one entry an image, shared by all of its captions.
+            grouping: which captions belong to which image.
+            attention: also return the weights (M, heads, T, N).
+        """
+        query = self.split_heads(self.cross_query(self.norm_cross(x)))  # (M, heads, T, width)
+        attended, weights = attend_images(query, keys, values, grouping, attention)
+        return x + self.drop(self.cross_out(attended.transpose(1, 2).flatten(2))), weights
+
+    def add_feed(self, x: Tensor) -> Tensor:
+        """Add the feed-forward network to ``x`` (M, T, D)."""
+        return x + self.drop(self.feed(self.norm_feed(x)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout while training."""
+        return dropout(x, self.dropout, self.training)

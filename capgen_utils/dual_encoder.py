@@ -1,0 +1,292 @@
+"""CLIP: images and texts in one space (arXiv 2103.00020); a published one, or a small one that is trained here."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capgen_utils.bpe import BpeTokenizer, tokenizer_from_json
+from capgen_utils.compat import import_torchvision
+from capgen_utils.config import SmallClipConfig
+from capgen_utils.encoders import (
+    CLIP_PREPROCESSING,
+    CLIP_REMEDY,
+    ClipVision,
+    Encoder,
+    restore_encoder,
+    save_encoder,
+    small_clip,
+    small_clip_config,
+    small_vision_config,
+)
+from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
+from capgen_utils.images import ImageLike, is_many, open_image
+from capgen_utils.presets import SMALL_CLIP
+from capgen_utils.tensors import read_tensors, save_tensors
+from capgen_utils.text import Tokenizer
+
+VERSION = 1
+KIND = "dual_encoder"
+TEXTS = 256  # read together
+_REMEDY = "copy the whole folder again, or train it again (capgen pretrain)"
+
+
+class DualEncoder(nn.Module):
+    """A CLIP: an image half and a text half whose outputs are vectors of length 1 in the same space.
+
+    What an image shows and what a text says is compared by the angle between their vectors, so one can be searched
+    with the other, a caption judged, and an image classified by sentences.
+
+    Args:
+        clip: the library's ``CLIPModel``.
+        images: its image half as an encoder; shares its weights.
+        tokenizer: of the text half.
+        source: where a published CLIP came from: its name on the hub, or a folder; ``None`` for one trained here.
+
+    Attributes:
+        clip, images, tokenizer, source: see above.
+    """
+
+    clip: Any
+
+    def __init__(self, clip: nn.Module, images: ClipVision, tokenizer: Tokenizer, source: str | None = None) -> None:
+        super().__init__()
+        self.clip, self.images, self.tokenizer, self.source = clip.eval(), images, tokenizer, source
+        self.requires_grad_(False)
+
+    @classmethod
+    def new(cls, sizes: SmallClipConfig, stem: Encoder, tokenizer: Tokenizer) -> "DualEncoder":
+        """Return an untrained small CLIP that looks at the grid of ``stem``.
+
+        Raises:
+            CapGenError: the stem has no square grid.
+        """
+        import_torchvision()
+        from transformers import CLIPConfig, CLIPModel
+
+        text = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": sizes.text_width,
+            "intermediate_size": 4 * sizes.text_width,
+            "num_hidden_layers": sizes.text_layers,
+            "num_attention_heads": sizes.text_heads,
+            "projection_dim": sizes.embed_size,
+            "max_position_embeddings": sizes.seq_len,
+            "pad_token_id": tokenizer.pad_id,
+            "bos_token_id": tokenizer.start_id,
+            "eos_token_id": tokenizer.end_id,
+        }
+        vision = small_vision_config(sizes, stem)
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=sizes.embed_size))
+        return cls(clip, small_clip(clip, sizes, stem), tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, tokenizer: Tokenizer | None = None) -> "DualEncoder":
+        """Load a CLIP that was published: from a local folder in the hub's layout, or by its name on the hub.
+
+        Args:
+            source: a folder, or a name such as ``openai/clip-vit-base-patch32``.
+            tokenizer: of the text half; by default CLIP's whole table.
+
+        Raises:
+            CapGenError: it can be neither found nor downloaded, or is no CLIP; names the three ways to provide one.
+        """
+        import_torchvision()
+        from transformers import CLIPModel
+
+        from capgen_utils.hub import load_pretrained
+
+        clip = load_pretrained(CLIPModel, source, CLIP_REMEDY)
+        if tokenizer is None:
+            has_table = (Path(source) / "merges.txt").is_file()
+            tokenizer = BpeTokenizer.full("clip", source if has_table else None, clean=False)
+        if clip.config.text_config.vocab_size != len(tokenizer):
+            raise CapGenError(
+                f"{source} reads {clip.config.text_config.vocab_size} tokens, and there are {len(tokenizer)}",
+                CLIP_REMEDY,
+            )
+        preprocessing = replace(CLIP_PREPROCESSING, size=clip.config.vision_config.image_size)
+        images = ClipVision(Path(source).name, clip.vision_model, clip.visual_projection, preprocessing)
+        return cls(clip, images, tokenizer, str(source))
+
+    # --- from images and texts to vectors ----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.clip.logit_scale.device
+
+    @property
+    def name(self) -> str:
+        """What results call it: "small_clip on efficientnet_lite0"."""
+        return self.images.name
+
+    @torch.no_grad()
+    def embed_images(
+        self, images: ImageLike | Sequence[ImageLike], dtype: torch.dtype = torch.float32, batch_size: int = 32
+    ) -> Tensor:
+        """Encode photographs into vectors (B, E) of length 1, on the CPU.
+
+        Args:
+            images: a path, PIL image or array (H, W, 3), or a sequence of them.
+            dtype: compute dtype of the image half, or of its stem where it has one.
+            batch_size: images that are encoded together.
+
+        Raises:
+            CapGenError: an image cannot be read.
+        """
+        many: Sequence[Any] = images if is_many(images) else [images]  # type: ignore[assignment]
+        found = [torch.empty(0, self.images.outputs["embedding"][0])]
+        for start in range(0, len(many), batch_size):
+            part = many[start : start + batch_size]
+            pixels = torch.from_numpy(np.stack([self.images.preprocessing(open_image(image)) for image in part]))
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                found.append(self.images(pixels.to(self.device))["embedding"].float().cpu())
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def embed_grid(self, grid: Tensor) -> Tensor:
+        """Encode the stem's grid (B, N, D), as a cache holds it, into vectors (B, E) of length 1, on the CPU."""
+        return self.images.from_stem(grid.to(self.device))["embedding"].cpu()
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Encode ``texts`` into vectors (n, E) of length 1, on the CPU; long ones are cut at the longest possible."""
+        found = [torch.empty(0, self.images.outputs["embedding"][0])]
+        for start in range(0, len(texts), TEXTS):
+            tokens = self.tokens(texts[start : start + TEXTS])
+            found.append(self.read(tokens.to(self.device)).cpu())
+        return torch.cat(found)
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Return token ids (n, T) of ``texts``, each with its start and end token, then padding."""
+        longest = self.clip.config.text_config.max_position_embeddings
+        return pad([self.tokenizer.encode(text, longest) for text in texts], self.tokenizer.pad_id)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Encode token ids (M, T) into vectors (M, E) of length 1: the end token's, which has seen all before it.
+
+        The place of the end token is found here: for a table whose end token has the id 2, which the first
+        configurations of CLIP named by mistake, the library would look for the highest id instead.
+        """
+        hidden = self.clip.text_model(input_ids=tokens).last_hidden_state
+        ends = (tokens != self.tokenizer.pad_id).sum(1) - 1
+        last = hidden[torch.arange(len(tokens), device=tokens.device), ends]
+        return F.normalize(self.clip.text_projection(last).float(), dim=-1)
+
+    # --- comparing ---------------------------------------------------------------------------------------------------
+
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Return the cosines (B, M) of image vectors (B, E) and text vectors (M, E)."""
+        return images @ texts.T
+
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Return the cosines over the learned temperature (B, M); a softmax of them says which belongs to which."""
+        return self.similarity(images, texts) * self.clip.logit_scale.exp().to(images.device)
+
+    @torch.no_grad()
+    def classify(self, images: Tensor, labels: Sequence[str], prompts: Sequence[str] = ("a photo of a {}",)) -> Tensor:
+        """Classify without training for it (zero-shot): a class is the mean of what the prompts say of it.
+
+        Args:
+            images: vectors (B, E).
+            labels: names of the classes.
+            prompts: sentences with ``{}`` in the place of the label.
+
+        Returns:
+            Probabilities (B, classes).
+        """
+        texts = [prompt.format(label) for label in labels for prompt in prompts]
+        vectors = self.embed_texts(texts).view(len(labels), len(prompts), -1).mean(1)
+        return self.logits(images, F.normalize(vectors, dim=-1).to(images.device)).softmax(-1)
+
+    # --- on disk -----------------------------------------------------------------------------------------------------
+
+    def weights_hash(self) -> str:
+        """Return a hash (16 hexadecimal digits) of all weights, those of the stem included."""
+        digest = hashlib.sha256(self.images.weights_hash().encode())
+        for key, tensor in sorted(self.clip.state_dict().items()):
+            digest.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what its folder and a result say of it."""
+        return {
+            "kind": KIND,
+            "version": VERSION,
+            "name": self.name,
+            "source": self.source,
+            "weights_hash": self.weights_hash(),
+            "sizes": self.images.settings,
+            "stem": self.images.stem.describe() if self.images.stem is not None else None,
+            "training_run": self.images.training_run,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write it as a folder, in one atomic step; of a published CLIP only where it came from.
+
+        Raises:
+            CapGenError: the folder cannot be written.
+        """
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            write_json(temporary / "config.json", self.describe())
+            stem = self.images.stem
+            if self.source is None:
+                write_json(temporary / "tokenizer.json", self.tokenizer.to_json())
+                save_tensors(temporary / "model.safetensors", self.clip.state_dict())
+            if stem is not None and not stem.public:
+                save_encoder(temporary / "stem", stem)
+
+    @classmethod
+    def load(cls, folder: Path, weights: Path | None = None) -> "DualEncoder":
+        """Load what ``save`` wrote. It is data, never code: names, shapes and sizes are checked before use.
+
+        Args:
+            folder: holds ``config.json``, ``tokenizer.json``, ``model.safetensors`` and, where need be, ``stem/``.
+            weights: a local weights file of the stem, or folder of a published CLIP, where it cannot be downloaded.
+
+        Raises:
+            CapGenError: a file is missing, damaged or of another version, or they do not fit together.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CapGenError(f"there is no folder {folder} with a dual encoder", "train one: capgen pretrain")
+        described = read_json(folder / "config.json", _REMEDY)
+        described = described if isinstance(described, dict) else {}
+        if (described.get("kind"), described.get("version")) != (KIND, VERSION):
+            raise CapGenError(f"{folder} holds no dual encoder of version {VERSION}", _REMEDY)
+        if isinstance(described.get("source"), str):
+            dual = cls.from_pretrained(weights or described["source"])
+        else:
+            dual = cls._load_small(folder, described, weights)
+        dual.images.training_run = described.get("training_run")
+        if dual.weights_hash() != described.get("weights_hash"):
+            raise CapGenError(f"{folder}: the weights are not those that config.json describes", _REMEDY)
+        return dual
+
+    @classmethod
+    def _load_small(cls, folder: Path, described: dict[str, Any], weights: Path | None) -> "DualEncoder":
+        sizes = small_clip_config(described.get("sizes"))
+        tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json", _REMEDY))
+        stem = restore_encoder(described.get("stem"), folder / "stem", weights, SMALL_CLIP)
+        with torch.device("meta"):  # shapes first: nothing is allocated for weights that do not fit
+            shapes = {k: v.shape for k, v in cls.new(sizes, stem, tokenizer).clip.state_dict().items()}
+        tensors = read_tensors(folder / "model.safetensors", shapes, _REMEDY)
+        dual = cls.new(sizes, stem, tokenizer)
+        dual.clip.load_state_dict({k: v.float() for k, v in tensors.items()})
+        return dual
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Return rows of ids as one tensor (n, T), short ones filled with ``pad_id``."""
+    tokens = torch.full((len(rows), max(map(len, rows), default=0)), pad_id)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens

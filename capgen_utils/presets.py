@@ -1,0 +1,205 @@
+"""Presets: everything that one word on the command line chooses, as plain values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from capgen_utils.config import (
+    AttendTellConfig,
+    ClipGpt2Config,
+    ClipPrefixConfig,
+    DecodingConfig,
+    ShowTellConfig,
+    TrainingConfig,
+    TransformerConfig,
+    choose_device,
+)
+from capgen_utils.files import CapGenError
+
+SMALL_CLIP = "small_clip"  # the dual encoder that is trained here
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a preset trains one captioner.
+
+    Attributes:
+        config: its hyperparameters.
+        encoder: a key of ``encoders.ENCODERS``, or ``SMALL_CLIP``; ``None`` for the preset's.
+        tokenizer: ``word``, ``clip`` or ``gpt2``.
+        training, decoding: ``None`` for the preset's.
+    """
+
+    config: Any
+    encoder: str | None = None
+    tokenizer: str = "word"
+    training: TrainingConfig | None = None
+    decoding: DecodingConfig | None = None
+
+
+def _published_models() -> dict[str, Recipe]:
+    """The five captioners on public encoders in their usual sizes."""
+    return {
+        "show_tell": Recipe(ShowTellConfig()),
+        "attend_tell": Recipe(AttendTellConfig(embed_size=512, hidden_size=512, attention_size=512)),
+        "transformer": Recipe(TransformerConfig()),
+        "clip_prefix": Recipe(ClipPrefixConfig(), "clip-vit-base-patch32", "clip"),
+        "clip_gpt2": Recipe(ClipGpt2Config(), "clip-vit-large-patch14", "gpt2"),
+    }
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that one word on the command line chooses. No module branches on ``name``.
+
+    Attributes:
+        name: what the user types.
+        dataset: a key of ``datasets.DATASETS``.
+        encoder: a key of ``encoders.ENCODERS``.
+        flip: also train on mirrored images (captions that say left or right are left out of that view).
+        min_count: occurrences a word needs in the training captions to enter the vocabulary.
+        models: a recipe by model name; see ``recipe``.
+        training: of the captioners.
+        pretraining: of the encoder, where the preset's encoder has to be trained first; else ``None``.
+        contrastive: training of the dual encoder ``SMALL_CLIP``.
+        language: training of the language model ``gpt2-mini``.
+        decoding: the defaults that go into the bundle.
+    """
+
+    name: str
+    dataset: str
+    encoder: str
+    flip: bool = False
+    min_count: int = 5
+    models: Mapping[str, Recipe] = field(default_factory=_published_models)
+    training: TrainingConfig = TrainingConfig()
+    pretraining: TrainingConfig | None = None
+    contrastive: TrainingConfig = TrainingConfig()
+    language: TrainingConfig = TrainingConfig()
+    decoding: DecodingConfig = DecodingConfig()
+
+    def recipe(self, model: str) -> Recipe:
+        """Return how ``model`` is trained, with the preset's own values where the recipe has none.
+
+        Raises:
+            CapGenError: the preset says nothing of this model.
+        """
+        if model not in self.models:
+            raise CapGenError(
+                f"the preset {self.name} has no model {model!r}", f"choose one of {', '.join(self.models)}"
+            )
+        given = self.models[model]
+        return replace(
+            given,
+            encoder=given.encoder or self.encoder,
+            training=given.training or self.training,
+            decoding=given.decoding or self.decoding,
+        )
+
+    def with_encoder(self, model: str, encoder: str) -> "Preset":
+        """Return the preset with another encoder for ``model``.
+
+        Raises:
+            CapGenError: the preset says nothing of this model.
+        """
+        given = self.recipe(model)
+        known = {"cnn_backbone": encoder} if hasattr(given.config, "cnn_backbone") else {}
+        recipe = replace(self.models[model], encoder=encoder, config=replace(given.config, **known))
+        return replace(self, models={**self.models, model: recipe})
+
+
+# Drawn scenes are clean and plentiful: nothing needs smoothing or dropping, and all epochs are worth their seconds.
+SHAPES_TRAINING = TrainingConfig(
+    epochs=16,
+    batch_images=32,
+    learning_rate=2e-3,
+    weight_decay=0.01,
+    label_smoothing=0.0,
+    average=0.99,
+    patience=16,
+)
+_SHAPES_CNN: dict[str, Any] = {"img_size": 64, "cnn_backbone": "shapes_cnn", "seq_len": 26}
+_SHAPES_DECODER: dict[str, Any] = {"d_model": 128, "n_decode": 2, "n_head": 4, "fc_dim": 512, "dropout": 0.1}
+_LITE0: dict[str, Any] = {"cnn_backbone": "efficientnet_lite0", "seq_len": 26}
+
+SHAPES = Preset(
+    name="shapes",
+    dataset="shapes",
+    encoder="shapes_cnn",
+    min_count=1,
+    models={
+        "show_tell": Recipe(ShowTellConfig(**_SHAPES_CNN, embed_size=256, hidden_size=256, num_layers=2, dropout=0.1)),
+        "attend_tell": Recipe(AttendTellConfig(**_SHAPES_CNN, dropout=0.1)),
+        "transformer": Recipe(TransformerConfig(**_SHAPES_CNN, **_SHAPES_DECODER)),
+        "clip_prefix": Recipe(
+            ClipPrefixConfig(seq_len=32, **_SHAPES_DECODER, tower_layers=2, tower_width=128, tower_heads=4),
+            SMALL_CLIP,
+            "clip",
+        ),
+        "clip_gpt2": Recipe(
+            ClipGpt2Config(seq_len=32, language_model="gpt2-mini", n_embd=128, n_layer=2, n_head=4, n_positions=64),
+            tokenizer="gpt2",
+        ),
+    },
+    training=SHAPES_TRAINING,
+    pretraining=replace(SHAPES_TRAINING, epochs=22),
+    contrastive=replace(SHAPES_TRAINING, epochs=40, learning_rate=1e-3),
+    language=replace(SHAPES_TRAINING, epochs=4),
+    decoding=DecodingConfig(beam=3, max_length=25),
+)
+
+FLICKR8K_TRAINING = TrainingConfig(epochs=17, batch_images=64, learning_rate=8e-4, average=0.999, patience=6)
+
+FLICKR8K = Preset(
+    name="flickr8k",
+    dataset="flickr8k",
+    encoder="efficientnet_lite0",
+    flip=True,
+    models={
+        "show_tell": Recipe(ShowTellConfig(**_LITE0, dropout=0.3)),
+        "attend_tell": Recipe(
+            AttendTellConfig(**_LITE0, embed_size=512, hidden_size=512, attention_size=256, dropout=0.4),
+            training=replace(FLICKR8K_TRAINING, epochs=13),
+        ),
+        "transformer": Recipe(TransformerConfig(**_LITE0, d_model=384, n_decode=3, n_head=8, fc_dim=1024, dropout=0.3)),
+        "clip_prefix": Recipe(
+            ClipPrefixConfig(seq_len=32, d_model=384, n_decode=4, n_head=8, fc_dim=1024, dropout=0.3),
+            SMALL_CLIP,
+            "clip",
+        ),
+        "clip_gpt2": Recipe(
+            ClipGpt2Config(
+                seq_len=32, language_model="gpt2-mini", n_embd=384, n_layer=4, n_head=6, n_positions=64, dropout=0.2
+            ),
+            tokenizer="gpt2",
+        ),
+    },
+    training=FLICKR8K_TRAINING,
+    contrastive=TrainingConfig(epochs=20, batch_images=256, learning_rate=1e-3, average=0.99),
+    language=TrainingConfig(epochs=8, batch_images=64, learning_rate=1e-3, average=0.99),
+    decoding=DecodingConfig(beam=5, max_length=25, length_penalty=0.5),
+)
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        SHAPES,
+        FLICKR8K,
+        Preset(name="flickr30k", dataset="flickr30k", encoder="resnet50", flip=True),
+        Preset(name="coco", dataset="coco", encoder="resnet50", flip=True),
+        Preset(name="folder", dataset="folder", encoder="efficientnet_lite0", min_count=2),
+    )
+}
+
+
+def get_preset(name: str) -> Preset:
+    """Return a preset; ``auto`` is ``flickr8k`` where there is a GPU and ``shapes`` elsewhere.
+
+    Raises:
+        CapGenError: no such preset; lists those there are.
+    """
+    if name == "auto":
+        name = "flickr8k" if choose_device().type in ("cuda", "mps") else "shapes"
+    if name not in PRESETS:
+        raise CapGenError(f"there is no preset {name!r}", f"choose one of auto, {', '.join(PRESETS)}")
+    return PRESETS[name]
