@@ -1,20 +1,31 @@
 """``Captioner``: the one object that turns images into captions."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from capgen_utils.checkpoint import Bundle, load_bundle
-from capgen_utils.config import LARGEST_BEAM, DecodingConfig, choose_device
-from capgen_utils.decoding import Hypothesis, Specials, decode_features
+from capgen_utils.config import DecodingConfig, choose_device
+from capgen_utils.decoding import (
+    DecodingOptions,
+    Hypothesis,
+    Specials,
+    check_decoding,
+    decode,
+    decode_features,
+    image_key,
+    longest_caption,
+    with_options,
+    word_attention,
+)
 from capgen_utils.encoders import Encoder
 from capgen_utils.features import encode_images
 from capgen_utils.files import CapGenError
-from capgen_utils.images import ImageLike, is_many
+from capgen_utils.images import ImageLike, is_many, open_image
 from capgen_utils.machine import REPOSITORY
 
 DEFAULT_BUNDLE = REPOSITORY / "data" / "bundles" / "flickr8k_transformer"
@@ -22,11 +33,19 @@ DEFAULT_BUNDLE = REPOSITORY / "data" / "bundles" / "flickr8k_transformer"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One caption that was considered: its text, log-probability (natural, summed) and ranking score."""
+    """One caption that was considered; see ``decoding.Hypothesis`` for what the numbers mean exactly.
+
+    Attributes:
+        text: the caption.
+        log_probability: natural logarithm under the captioner, summed over its tokens.
+        score: what candidates are ranked by.
+        temperature: what it was drawn at; 0 where it was searched for.
+    """
 
     text: str
     log_probability: float
     score: float
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ class Captioner:
         self.bundle, self.encoder = bundle, encoder.to(self.device)
         self.model = bundle.model.to(self.device).eval()
         self.tokenizer = bundle.tokenizer
-        self.specials = Specials(self.tokenizer.start_id, self.tokenizer.end_id, self.tokenizer.banned_ids)
+        self.specials = Specials.of(self.tokenizer)
 
     @classmethod
     def from_bundle(
@@ -80,19 +99,19 @@ class Captioner:
         return cls(bundle, bundle.build_encoder(encoder_weights), choose_device(device))
 
     def caption(
-        self,
-        images: ImageLike | Sequence[ImageLike],
-        beam: int | None = None,
-        max_length: int | None = None,
-        batch_size: int = 32,
+        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 32, **options: Unpack[DecodingOptions]
     ) -> list[Caption]:
         """Caption one image or many.
 
+        What is drawn for an image hangs on its pixels and the seed, not on the images beside it.
+
         Args:
             images: a path, PIL image or array (H, W, 3), or a sequence of them.
-            beam: instead of the bundle's own; 1 is greedy search.
-            max_length: longest caption in tokens, instead of the bundle's own.
             batch_size: images that go through the networks together.
+            options: instead of the bundle's own decoding defaults: ``beam`` (1 is greedy search), ``max_length`` in
+                tokens, ``min_length``, ``length_penalty``, ``temperature`` (above 0 draws captions), ``top_k``,
+                ``top_p``, ``repetition_penalty``, ``no_repeat_ngram``, ``groups`` and ``diversity`` of the beam,
+                ``candidates`` an image, ``seed``; see ``config.DecodingConfig`` and ``decoding.with_options``.
 
         Returns:
             One ``Caption`` for each image, in their order.
@@ -101,15 +120,15 @@ class Captioner:
             CapGenError: an image cannot be read (names it), or the options are not possible.
         """
         many: Sequence[Any] = images if is_many(images) else [images]  # type: ignore[assignment]
-        decoding = self._decoding(beam, max_length)
+        decoding = self._decoding(options)
         parts = (many[start : start + batch_size] for start in range(0, len(many), batch_size))
         return [caption for part in parts for caption in self._caption_batch(part, decoding)]
 
     def caption_each(
-        self, paths: Sequence[Path], beam: int | None = None, max_length: int | None = None, batch_size: int = 32
+        self, paths: Sequence[Path], *, batch_size: int = 32, **options: Unpack[DecodingOptions]
     ) -> Iterator[tuple[Path, Caption | CapGenError]]:
-        """Caption many files, yielding each with its caption, or with the error that its image caused."""
-        decoding = self._decoding(beam, max_length)
+        """Caption many files as ``caption`` does, yielding each with its caption or the error that its image caused."""
+        decoding = self._decoding(options)
         for start in range(0, len(paths), batch_size):
             part = paths[start : start + batch_size]
             try:
@@ -118,43 +137,42 @@ class Captioner:
                 captions = [self._caption_or_error(path, decoding) for path in part]
             yield from zip(part, captions, strict=True)
 
-    def attention(self, image: ImageLike, beam: int | None = None) -> tuple[Caption, dict[str, Tensor]]:
+    def attention(self, image: ImageLike, **options: Unpack[DecodingOptions]) -> tuple[Caption, dict[str, Tensor]]:
         """Caption one image and say where the captioner looked for each word.
 
+        Args:
+            image: as in ``caption``.
+            options: as in ``caption``.
+
         Returns:
-            The caption, and for each layer the weights (words, heads, N) over the encoder's grid; rows sum to 1.
+            The caption, and for each layer the weights (words, heads, N) over the encoder's grid; rows sum to 1. A
+            captioner without attention has none.
 
         Raises:
             CapGenError: as ``caption``.
         """
-        features = self._features([image])
-        hypotheses = decode_features(self.model, features, self.specials, self._decoding(beam, None))[0]
-        looked: dict[str, list[Tensor]] = {}
+        decoding, features = self._decoding(options), self._features([image])
         with torch.inference_mode():
-            state = self.model.start(self.model.encode(features.to(self.device).float()))
-            for token in (self.specials.start, *hypotheses[0].tokens[:-1]):  # reading it, the model says the next
-                _, state, weights = self.model.step(torch.tensor([token], device=self.device), state, attention=True)
-                for name, value in weights.items():
-                    looked.setdefault(name, []).append(value.cpu())
-        return self._result(hypotheses), {name: torch.cat(steps) for name, steps in looked.items()}
+            memory = self.model.encode(features.to(self.device).float())
+            found = decode(self.model, memory, 1, self.specials, decoding, self._keys([image], decoding))[0]
+            looked = word_attention(self.model, memory, [found[0].tokens], self.specials)[0]
+        return self._result(found), looked
 
-    def _decoding(self, beam: int | None, max_length: int | None) -> DecodingConfig:
-        given = {"beam": beam, "max_length": max_length}
-        decoding = replace(self.bundle.decoding, **{k: v for k, v in given.items() if v is not None})
-        if not 1 <= decoding.beam <= LARGEST_BEAM:
-            raise CapGenError(f"a beam of {decoding.beam} is not possible", f"ask for 1 to {LARGEST_BEAM}")
-        longest = getattr(self.model.config, "seq_len", decoding.max_length + 1) - 1
-        if not 1 <= decoding.max_length <= longest:
-            raise CapGenError(
-                f"this captioner cannot say {decoding.max_length} tokens", f"ask for at least 1 and at most {longest}"
-            )
-        return decoding
+    def _decoding(self, options: DecodingOptions) -> DecodingConfig:
+        return check_decoding(with_options(self.bundle.decoding, **options), longest_caption(self.model))
+
+    def _keys(self, images: Sequence[Any], decoding: DecodingConfig) -> list[int] | None:
+        """Return what draws for each image hang on: a hash of the pixels that the encoder sees."""
+        if not decoding.temperature:
+            return None
+        return [image_key(self.encoder.preprocessing(open_image(image), False).tobytes()) for image in images]
 
     def _features(self, images: Sequence[Any]) -> Tensor:
         return encode_images(self.encoder, images, self.bundle.extraction_dtype)[self.model.feature]
 
     def _caption_batch(self, images: Sequence[Any], decoding: DecodingConfig) -> list[Caption]:
-        found = decode_features(self.model, self._features(images), self.specials, decoding)
+        features, keys = self._features(images), self._keys(images, decoding)
+        found = decode_features(self.model, features, self.specials, decoding, keys=keys)
         return [self._result(hypotheses) for hypotheses in found]
 
     def _caption_or_error(self, path: Path, decoding: DecodingConfig) -> Caption | CapGenError:
@@ -165,6 +183,8 @@ class Captioner:
 
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Caption:
         best = hypotheses[0]
-        candidates = tuple(Candidate(self.tokenizer.decode(h.tokens), h.log_probability, h.score) for h in hypotheses)
+        candidates = tuple(
+            Candidate(self.tokenizer.decode(h.tokens), h.log_probability, h.score, h.temperature) for h in hypotheses
+        )
         words = tuple(self.tokenizer.words(best.tokens))
         return Caption(candidates[0].text, best.log_probability, words, best.ended, candidates)

@@ -11,8 +11,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from capgen_utils.bpe import tokenizer_from_json
-from capgen_utils.config import LARGEST_BEAM, DecodingConfig, from_dict
-from capgen_utils.encoders import Encoder, preprocessing_from_json, restore_encoder, save_encoder
+from capgen_utils.config import DecodingConfig, from_dict
+from capgen_utils.decoding import check_decoding
+from capgen_utils.dual_encoder import DualEncoder
+from capgen_utils.encoders import CLIPS, Encoder, preprocessing_from_json, restore_encoder, save_encoder
 from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
 from capgen_utils.models import CaptionModel, build_model, model_config
 from capgen_utils.tensors import read_tensors, save_tensors
@@ -59,9 +61,32 @@ class Bundle:
         own = self.folder / "encoder" if self.folder else None
         return restore_encoder(self.info["encoder"], own, weights)
 
+    def build_scorer(self, weights: Path | None = None) -> DualEncoder | None:
+        """Return the CLIP that chooses among captions: from the bundle, or the published one of its encoder.
+
+        Args:
+            weights: a local weights file of the CLIP's stem, or folder of a published CLIP.
+
+        Returns:
+            ``None`` where the bundle has none.
+
+        Raises:
+            CapGenError: it is damaged, or its weights cannot be had.
+        """
+        if self.folder is not None and (self.folder / "scorer").is_dir():
+            return DualEncoder.load(self.folder / "scorer", weights)
+        if self.folder is not None and (self.folder / "encoder" / "text.safetensors").is_file():
+            return DualEncoder.load(self.folder / "encoder", weights)
+        name = self.info["encoder"]["name"]
+        return DualEncoder.from_pretrained(weights or f"openai/{name}") if name in CLIPS else None
+
 
 def save_bundle(
-    folder: Path, bundle: Bundle, encoder: Encoder | None = None, dtype: torch.dtype = torch.float16
+    folder: Path,
+    bundle: Bundle,
+    encoder: Encoder | None = None,
+    dtype: torch.dtype = torch.float16,
+    scorer: DualEncoder | None = None,
 ) -> None:
     """Write ``bundle`` as a folder in one atomic step.
 
@@ -69,6 +94,7 @@ def save_bundle(
         folder: replaced when it exists.
         bundle: what to write; weights are stored in ``dtype``.
         encoder: stored too when it is not public.
+        scorer: a CLIP that chooses among captions, stored too; where ``encoder`` is its image half, in its place.
     """
     with atomic_path(folder) as temporary:
         temporary.mkdir()
@@ -76,7 +102,10 @@ def save_bundle(
         save_tensors(temporary / "model.safetensors", tensors)
         write_json(temporary / "tokenizer.json", bundle.tokenizer.to_json())
         write_json(temporary / "config.json", {"version": VERSION, **bundle.info})
-        if encoder is not None and not encoder.public:
+        both = scorer is not None and scorer.images is encoder
+        if scorer is not None and not (both and scorer.images.public):
+            scorer.save(temporary / ("encoder" if both else "scorer"))
+        if encoder is not None and not encoder.public and not both:
             save_encoder(temporary / "encoder", encoder)
 
 
@@ -162,10 +191,10 @@ def _check_info(info: Any, folder: Path) -> None:
     if not possible:
         raise CapGenError(f"{folder}/config.json holds values that are not possible", GET_AGAIN)
     preprocessing_from_json(encoder["preprocessing"])
-    decoding = from_dict(DecodingConfig, info["decoding"])
-    if not (1 <= decoding.beam <= LARGEST_BEAM and 1 <= decoding.max_length <= 1024
-            and abs(decoding.length_penalty) <= 10):  # fmt: skip
-        raise CapGenError(f"{folder}/config.json: the decoding defaults are not possible", GET_AGAIN)
+    try:
+        check_decoding(from_dict(DecodingConfig, info["decoding"]))
+    except CapGenError as error:
+        raise CapGenError(f"{folder}/config.json: its decoding defaults: {error.problem}", GET_AGAIN) from error
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:

@@ -176,24 +176,25 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--split", default="test", help="dev or test")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
     parser.add_argument("--dataset", help="instead of the one the captioner was trained on")
-    parser.add_argument("--beam", type=int, help="hypotheses kept; 1 is greedy search (default: the bundle's)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images (no score to publish)")
     parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where the results go")
     parser.add_argument("--name", help="of the results files (default: DATASET_MODEL)")
+    _add_decoding_options(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from capgen_utils.captioner import DEFAULT_BUNDLE
     from capgen_utils.checkpoint import load_bundle
     from capgen_utils.datasets import load_dataset
+    from capgen_utils.decoding import with_options
     from capgen_utils.results import evaluate, summary, write_predictions
 
     bundle = load_bundle(options.bundle or DEFAULT_BUNDLE)
     trained_on = PRESETS.get(bundle.info.get("preset", ""))
     dataset = options.dataset or (trained_on.dataset if trained_on else "flickr8k")
     manifest = load_dataset(dataset, options.data, options.limit)
-    decoding = replace(bundle.decoding, beam=options.beam) if options.beam is not None else None
+    decoding = with_options(bundle.decoding, **_decoding_options(options))
     evaluation = evaluate(bundle, manifest, options.split, decoding, options.encoder_weights)
     name = options.name or f"{manifest.name}_{bundle.info['model']}"
     write_predictions(options.output / f"{name}_predictions.json", evaluation.captions)
@@ -210,13 +211,12 @@ def _add_caption(commands: Any) -> None:
     parser.add_argument(
         "--bundle", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
     )
-    parser.add_argument("--beam", type=int, help="hypotheses kept; 1 is greedy search (default: the bundle's)")
-    parser.add_argument("--max-length", type=int, metavar="N", help="longest caption in tokens (default: the bundle's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line, with log-probability and candidates"
     )
+    _add_decoding_options(parser)
 
 
 def _caption(options: argparse.Namespace) -> int:
@@ -229,22 +229,54 @@ def _caption(options: argparse.Namespace) -> int:
     captioner = Captioner.from_bundle(options.bundle, options.device, options.encoder_weights)
     failed = 0
     bar = tqdm(total=len(paths), unit="img", disable=len(paths) < 10 or not sys.stderr.isatty())
-    for path, result in captioner.caption_each(paths, options.beam, options.max_length):
+    for path, result in captioner.caption_each(paths, **_decoding_options(options)):
         bar.update()
         if isinstance(result, CapGenError):
             failed += 1
             print(f"capgen: {result}", file=sys.stderr)
         elif options.json:
-            candidates = [{"text": c.text, "log_probability": round(c.log_probability, 4)} for c in result.candidates]
-            print(
-                json.dumps({"image": str(path), "caption": result.text, "candidates": candidates}, ensure_ascii=False)
-            )
+            print(_caption_json(path, result, options.candidates))
         else:
             print(f"{path}: {result.text}" if len(paths) > 1 else result.text)
+            for candidate in result.candidates[: options.candidates] if options.candidates else ():
+                print(f"  {candidate.log_probability:8.2f}  {candidate.text}")
     bar.close()
     if failed and len(paths) > 1:
         print(f"capgen: {failed} of {len(paths)} images could not be captioned", file=sys.stderr)
     return 0 if not failed else 1 if failed < len(paths) else 2
+
+
+def _caption_json(path: Path, result: Any, candidates: int | None) -> str:
+    considered = [{"text": c.text, "log_probability": round(c.log_probability, 4)} for c in result.candidates]
+    described = {"image": str(path), "caption": result.text, "candidates": considered[:candidates]}
+    return json.dumps(described, ensure_ascii=False)
+
+
+_DECODING_OPTIONS: dict[str, tuple[type, str, str]] = {
+    "beam": (int, "N", "hypotheses kept; 1 is greedy search"),
+    "max_length": (int, "N", "longest caption in tokens"),
+    "min_length": (int, "N", "shortest caption in tokens"),
+    "length_penalty": (float, "X", "above 0 favours long captions in beam search"),
+    "groups": (int, "N", "diverse beam search: groups that share the beam and keep apart"),
+    "diversity": (float, "X", "how much the groups keep apart"),
+    "temperature": (float, "X", "above 0 draws captions: low ones are safe, high ones varied"),
+    "top_k": (int, "N", "draw among the N most likely tokens (alone: at temperature 1)"),
+    "top_p": (float, "X", "draw among the tokens that hold this probability (alone: at temperature 1)"),
+    "seed": (int, "N", "of what is drawn"),
+    "repetition_penalty": (float, "X", "above 1 avoids tokens that were said before"),
+    "no_repeat_ngram": (int, "N", "no run of N tokens comes twice"),
+    "candidates": (int, "N", "captions to consider for an image: as many draws, or a beam as wide"),
+}
+
+
+def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding", "How captions are found; the defaults are the captioner's own.")
+    for name, (kind, metavar, text) in _DECODING_OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+
+
+def _decoding_options(options: argparse.Namespace) -> Any:
+    return {name: getattr(options, name) for name in _DECODING_OPTIONS}
 
 
 def _add_course(commands: Any) -> None:

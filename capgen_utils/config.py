@@ -133,8 +133,8 @@ class ClipGpt2Config:
         n_embd, n_layer, n_head, n_positions: GPT-2's own sizes.
         dropout: probability, on embeddings, image vectors, attention outputs and MLP outputs alike.
         word_dropout: see ``TransformerConfig``.
-        image_positions: normalise the image's vectors and add learned places to them, for encoders whose vectors do
-            not say where they stand; those of CLIP do.
+        image_positions: project the image's vectors to ``n_embd``, normalise them and add learned places, for encoders
+            whose vectors do not say where they stand; those of CLIP do.
         gate: multiply each cross-attention by a learned tanh gate that starts at zero, so that the untrained
             captioner is plain GPT-2 (arXiv 2204.14198).
         tied_head: score words with the frozen token embedding; else with a head of its own.
@@ -163,12 +163,14 @@ class SmallClipConfig:
 
     Attributes:
         embed_size: width of the space that images and texts share.
-        vision_width, vision_layers, vision_heads: of the transformer that looks at the stem's grid.
+        patch: side of the squares that the stem's grid is cut into; each becomes one token.
+        vision_width, vision_layers, vision_heads: of the transformer that looks at them.
         text_width, text_layers, text_heads: of the causal transformer that reads captions.
         seq_len: longest text in tokens, start and end token included.
     """
 
     embed_size: int = 512
+    patch: int = 1
     vision_width: int = 384
     vision_layers: int = 2
     vision_heads: int = 6

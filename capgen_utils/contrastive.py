@@ -1,11 +1,11 @@
 """Training a small CLIP: images and their captions drawn together, all others apart, false twins above all."""
 
+import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,18 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from capgen_utils.batches import TrainingData, captions_of, epoch_batches
+from capgen_utils.bpe import fit_tokenizer
 from capgen_utils.checkpoint import load_checkpoint, save_checkpoint
-from capgen_utils.config import ContrastiveConfig, choose_device, choose_dtype
-from capgen_utils.datasets import Item, Manifest
+from capgen_utils.config import ContrastiveConfig, choose_device, choose_dtype, data_dir
+from capgen_utils.datasets import Item, Manifest, load_dataset
 from capgen_utils.dual_encoder import DualEncoder, pad
 from capgen_utils.encoders import as_picture
-from capgen_utils.features import FeatureCache
-from capgen_utils.files import CapGenError, fingerprint, write_json
+from capgen_utils.features import FeatureCache, extract
+from capgen_utils.files import CapGenError, fingerprint, write_text
 from capgen_utils.machine import machine
-from capgen_utils.training import Progress, learning_rate
+from capgen_utils.presets import Preset
+from capgen_utils.pretraining import preset_encoder
+from capgen_utils.training import Progress, learning_rate, make_optimizer, pack_optimizer, unpack_optimizer
 from capgen_utils.twins import hard_negatives
 
 RANKS = (1, 5, 10)
@@ -55,6 +58,21 @@ def _find(logits: Tensor, positive: Tensor) -> Tensor:
     return losses[answered].mean()
 
 
+def twin_loss(logits: Tensor, positive: Tensor, pairs: Tensor) -> Tensor:
+    """Return the cross-entropy of choosing between a caption and its false twin, in nats, as a mean over all choices.
+
+    Among hundreds of wrong answers the twin is one; here it is the only one.
+
+    Args:
+        logits: (B, M), cosines over the temperature.
+        positive: (B, M), true where text m is a caption of image b.
+        pairs: (P, 2), columns of a caption and of a twin.
+    """
+    caption, twin = pairs.unbind(1)
+    chosen = positive[:, caption] & ~positive[:, twin]
+    return F.softplus(logits[:, twin] - logits[:, caption])[chosen].mean() if chosen.any() else logits.sum() * 0
+
+
 def recall(similarity: Tensor, positive: Tensor) -> dict[str, float]:
     """Return recall@1, @5 and @10 in both directions, in percent.
 
@@ -65,7 +83,7 @@ def recall(similarity: Tensor, positive: Tensor) -> dict[str, float]:
         similarity: (I, M) of images and texts.
         positive: (I, M), true where text m is a caption of image i.
     """
-    result = {}
+    result: dict[str, float] = {}
     for name, scores, right in (("image to text", similarity, positive), ("text to image", similarity.T, positive.T)):
         best = scores.masked_fill(~right, -torch.inf).max(1, keepdim=True).values
         wrong = ((scores >= best) & ~right).sum(1)[right.any(1)]
@@ -83,12 +101,12 @@ def same_texts(captions: Sequence[Sequence[str]], dual: DualEncoder) -> tuple[li
     Returns:
         M texts, and (images, M), true where text m is a caption of image i.
     """
-    keys = [[tuple(dual.tokenizer.encode(caption)) for caption in of_image] for of_image in captions]
-    texts = {key: text for own, of_image in zip(keys, captions, strict=True) for key, text in zip(own, of_image)}
+    keys = {caption: tuple(dual.tokenizer.encode(caption)) for own in captions for caption in own}
+    texts = {key: caption for caption, key in keys.items()}
     columns = {key: column for column, key in enumerate(texts)}
     positive = torch.zeros(len(captions), len(texts), dtype=torch.bool)
-    for image, own in enumerate(keys):
-        positive[image, [columns[key] for key in own]] = True
+    for image, own in enumerate(captions):
+        positive[image, [columns[keys[caption]] for caption in own]] = True
     return list(texts.values()), positive
 
 
@@ -121,7 +139,7 @@ def twin_accuracy(dual: DualEncoder, images: Tensor, captions: Sequence[Sequence
 
 
 def measure(dual: DualEncoder, manifest: Manifest, cache: FeatureCache, batch_size: int = 256) -> dict[str, float]:
-    """Return ``recall`` and ``twin_accuracy`` of a split, all images of it at once.
+    """Return ``recall`` and ``twin_accuracy`` of a split, all images of it at once, and ``score``, their mean.
 
     Args:
         dual: the dual encoder.
@@ -136,7 +154,9 @@ def measure(dual: DualEncoder, manifest: Manifest, cache: FeatureCache, batch_si
     texts, positive = same_texts(captions, dual)
     result = recall(dual.similarity(images, dual.embed_texts(texts)), positive)
     result["mean recall"] = sum(result.values()) / len(result)
-    return result | twin_accuracy(dual, images, captions)
+    twins = twin_accuracy(dual, images, captions)
+    result["score"] = (result["mean recall"] + twins["twins"]) / 2 if twins else result["mean recall"]
+    return result | twins
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
@@ -173,22 +193,23 @@ class Texts:
 
     def draw(
         self, items: Sequence[Item], flips: Sequence[bool], config: ContrastiveConfig, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose texts for a batch: some captions of each image, some twins of each caption.
 
         Returns:
-            Token ids (M, T) of different texts, and (B, M): true where text m is a caption of image b, chosen for
-            it or not.
+            Token ids (M, T) of different texts; (B, M), true where text m is a caption of image b, chosen for it or
+            not; and (P, 2), the columns of captions and of their twins.
         """
         own = [self._captions[item.image, flip] for item, flip in zip(items, flips, strict=True)]
-        drawn = [c for captions in own for c in _some(captions, config.captions, rng)]
-        drawn += [twin for c in drawn for twin in _some(self._twins[c], config.twins, rng)]
-        columns = {number: column for column, number in enumerate(dict.fromkeys(drawn))}
+        drawn = dict.fromkeys(c for captions in own for c in _some(captions, config.captions, rng))
+        pairs = [(c, twin) for c in drawn for twin in _some(self._twins[c], config.twins, rng)]
+        columns = {number: column for column, number in enumerate(dict.fromkeys([*drawn, *(t for _, t in pairs)]))}
         positive = torch.zeros(len(own), len(columns), dtype=torch.bool)
         for image, captions in enumerate(own):
             positive[image, [columns[c] for c in captions if c in columns]] = True
         rows = [_leave_out(self._ids[number], config.word_dropout, rng) for number in columns]
-        return pad(rows, self._tokenizer.pad_id), positive
+        places = torch.tensor([[columns[c], columns[twin]] for c, twin in pairs], dtype=torch.long).view(-1, 2)
+        return pad(rows, self._tokenizer.pad_id), positive, places
 
 
 def _some(values: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
@@ -214,7 +235,7 @@ class ContrastiveTrainer:
         dual: freshly built, weights initialised from ``config.seed``.
         data: images with captions, and the grid of the stem.
         config: how to train.
-        folder: gets ``best/``, ``checkpoint.safetensors`` and ``log.json``.
+        folder: gets ``best/``, ``checkpoint.safetensors`` and ``log.jsonl``.
         device: where to compute.
     """
 
@@ -230,78 +251,191 @@ class ContrastiveTrainer:
         self.dtype = choose_dtype(self.device, config.dtype)
         self.dual, self.data, self.config, self.folder = dual.to(self.device), data.readable(), config, Path(folder)
         self.texts = Texts(self.data.train.items, dual, self.data.flipped is not None)
-        self.dual.clip.requires_grad_(True)
+        self.weights = dual.clip.requires_grad_(True)
         with torch.no_grad():
-            self.dual.clip.logit_scale.fill_(-math.log(config.temperature))
-        self.average = {k: v.detach().clone() for k, v in self.dual.clip.state_dict().items()}
-        self.optimizer = _optimizer(self.dual.clip, config)
+            self.weights.logit_scale.fill_(-math.log(config.temperature))
+        self.average = {k: v.detach().clone() for k, v in self.weights.state_dict().items()}
+        self.optimizer = make_optimizer(self.weights, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
         self.total_steps = math.ceil(len(self.data.train) / config.batch_images) * config.epochs
 
-    def train(self) -> Progress:
+    def identity(self) -> str:
+        """Hash of what must be the same for a checkpoint to be continued."""
+        caches = [cache.path.name for cache in (self.data.plain, self.data.flipped) if cache is not None]
+        settings = [self.dual.images.settings, asdict(self.config), self.dual.tokenizer.to_json()]
+        return fingerprint([settings, caches, len(self.data.train)])
+
+    def train(self) -> DualEncoder:
+        """Train to the end, or go on from the checkpoint of a run that was stopped.
+
+        Returns:
+            The dual encoder as it was after its best epoch by the score on dev, with its ``training_run``.
+
+        Raises:
+            CapGenError: the folder holds a run of other settings; or the loss is no longer finite.
+        """
+        self._resume()
         bar = tqdm(total=self.total_steps, initial=self.progress.step, unit="step", desc=f"train {self.dual.name}")
-        while not self.progress.done and self.progress.epoch < self.config.epochs:
+        while not self.progress.done:
             self._run_epoch(bar)
         bar.close()
-        return self.progress
+        best = DualEncoder.load(self.folder / "best")
+        best.images.training_run = {
+            "minutes": round(self.progress.seconds / 60, 2),
+            "epochs": self.progress.epoch,
+            "best_epoch": self.progress.best_epoch + 1,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "machine": machine(),
+        }
+        return best
 
     def _run_epoch(self, bar: tqdm) -> None:
-        started, progress = time.perf_counter(), self.progress
-        torch.manual_seed(self.config.seed * 100_003 + progress.epoch)
+        started, progress, losses = time.perf_counter(), self.progress, []
+        torch.manual_seed(self.config.seed * 1009 + progress.epoch)  # dropout depends on seed and epoch alone
         rng = np.random.default_rng([self.config.seed, progress.epoch, 1])
-        total = 0.0
         for items, flips in epoch_batches(self.data, self.config, progress.epoch):
-            total += self._step(items, flips, rng)
-            progress.step += 1
+            losses.append(self._step(items, flips, rng))
             bar.update()
-        entry = {"epoch": progress.epoch + 1, "train_loss": total}
-        t=time.perf_counter()
-        self._evaluate(entry)
-        entry["evals"]=time.perf_counter()-t
-        progress.seconds += time.perf_counter() - started
-        entry["seconds"] = progress.seconds
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        entry = {"epoch": progress.epoch + 1, "train_loss": sum(losses) / len(losses)} | self._evaluate()
         progress.epoch += 1
-        tqdm.write("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()))
+        waited = progress.epoch - 1 - progress.best_epoch
+        progress.done = progress.epoch >= self.config.epochs or waited >= self.config.patience
+        progress.seconds += time.perf_counter() - started
+        entry["seconds"] = round(progress.seconds, 1)
+        progress.history.append(entry)
+        self._save()
+        shown = ("epoch", "train_loss", "mean recall", "twins", "seconds")
+        tqdm.write("  ".join(f"{k} {entry[k]:.2f}".removesuffix(".00") for k in shown if k in entry))
 
     def _step(self, items: Sequence[Item], flips: Sequence[bool], rng: np.random.Generator) -> float:
-        flips = [flip and bool(captions_of(item, True)) for item, flip in zip(items, flips, strict=True)]
-        grid = self.data.plain.rows([item.image for item in items])
-        chosen = [i for i, flip in enumerate(flips) if flip]
-        if chosen:
-            grid[chosen] = self.data.flipped.rows([items[i].image for i in chosen])
-        tokens, positive = self.texts.draw(items, flips, self.config, rng)
+        grid, flips = self._grid(items, flips)
+        tokens, positive, pairs = self.texts.draw(items, flips, self.config, rng)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.progress.step, self.total_steps, self.config)
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            hidden = F.dropout(grid.to(self.device).float(), self.config.feature_dropout)
-            images = self.dual.images.look(as_picture(hidden))["embedding"]
+        with self._autocast():
+            picture = F.dropout(as_picture(grid.to(self.device).float()), self.config.feature_dropout)
+            images = self.dual.images.look(picture)["embedding"]
             texts = self.dual.read(tokens.to(self.device))
-        loss = info_nce(self.dual.logits(images, texts), positive.to(self.device))
+        logits, positive = self.dual.logits(images, texts), positive.to(self.device)
+        loss = info_nce(logits, positive) + twin_loss(logits, positive, pairs.to(self.device))
+        if not math.isfinite(loss.item()):
+            raise CapGenError(f"the loss is {loss.item()} at step {self.progress.step}", "lower the learning rate")
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.dual.clip.parameters(), self.config.clip)
+        nn.utils.clip_grad_norm_(self.weights.parameters(), self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            self.dual.clip.logit_scale.clamp_(max=COLDEST)
-            decay = min(self.config.average, (1 + self.progress.step) / (10 + self.progress.step))
-            for k, v in self.dual.clip.state_dict().items():
-                self.average[k].lerp_(v, 1 - decay)
+        self._after_step()
         return loss.item()
 
-    def _evaluate(self, entry):
-        own = {k: v.detach().clone() for k, v in self.dual.clip.state_dict().items()}
-        self.dual.clip.load_state_dict(self.average)
-        entry |= measure(self.dual, self.data.dev, self.data.plain)
-        self.dual.save(self.folder / "best")
-        self.dual.clip.load_state_dict(own)
+    def _grid(self, items: Sequence[Item], flips: Sequence[bool]) -> tuple[Tensor, list[bool]]:
+        """Return the stem's grid of each view; an image none of whose captions may be mirrored is taken as it is."""
+        flips = [flip and bool(captions_of(item, True)) for item, flip in zip(items, flips, strict=True)]
+        grid = self.data.plain.rows([item.image for item in items])
+        mirrored = [i for i, flip in enumerate(flips) if flip]
+        if mirrored and self.data.flipped is not None:
+            grid[mirrored] = self.data.flipped.rows([items[i].image for i in mirrored])
+        return grid, flips
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        self.weights.logit_scale.clamp_(max=COLDEST)
+        self.progress.step += 1
+        # Young averages follow the weights faster, so that the first epochs can be judged too.
+        decay = min(self.config.average, (1 + self.progress.step) / (10 + self.progress.step))
+        for key, value in self.weights.state_dict().items():
+            self.average[key].lerp_(value, 1 - decay)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Measure the averaged weights on dev; the best ones are saved."""
+        own = {key: value.detach().clone() for key, value in self.weights.state_dict().items()}
+        self.weights.load_state_dict(self.average)
+        with self._autocast():
+            result = measure(self.dual, self.data.dev, self.data.plain)
+        if result["score"] > self.progress.best:
+            self.progress.best, self.progress.best_epoch = result["score"], self.progress.epoch
+            self.dual.save(self.folder / "best")
+        self.weights.load_state_dict(own)
+        return result
+
+    def _save(self) -> None:
+        tensors = {f"model.{k}": v for k, v in self.weights.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        tensors |= pack_optimizer(self.optimizer)
+        progress = asdict(self.progress) | {"identity": self.identity(), "scaler": self.scaler.state_dict()}
+        save_checkpoint(self.folder / "checkpoint.safetensors", tensors, progress)
+        lines = [json.dumps(line) + "\n" for line in self.progress.history]
+        write_text(self.folder / "log.jsonl", "".join(lines))
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return
+        tensors, progress = load_checkpoint(path)
+        if progress.pop("identity") != self.identity():
+            raise CapGenError(f"{self.folder} holds a run with other settings or other data", f"delete {self.folder}")
+        self.weights.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.average = {k[8:]: v.to(self.device) for k, v in tensors.items() if k.startswith("average.")}
+        unpack_optimizer(self.optimizer, tensors)
+        if scaler := progress.pop("scaler"):
+            self.scaler.load_state_dict(scaler)
+        self.progress = Progress(**progress)
+        tqdm.write(f"going on from {path}: epoch {self.progress.epoch + 1}")
 
 
-def _optimizer(model, config):
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6)
+def pretrain_dual_encoder(
+    preset: Preset,
+    root: Path | None = None,
+    folder: Path | None = None,
+    judge: bool = False,
+    stem_weights: Path | None = None,
+) -> Path:
+    """Train the small CLIP of a preset from its image-caption pairs, once; later calls find it.
+
+    Args:
+        preset: names the dataset, the stem, the sizes and the training.
+        root: folder of the dataset, where it is not in its usual place.
+        folder: instead of ``dual_encoder_folder``.
+        judge: train the other one, which serves for nothing but measuring.
+        stem_weights: a local weights file of the stem.
+
+    Returns:
+        The folder of the dual encoder.
+
+    Raises:
+        CapGenError: the dataset or the stem's weights cannot be had.
+    """
+    folder = folder or dual_encoder_folder(preset, judge)
+    if (folder / "model.safetensors").is_file():
+        return folder
+    recipe = preset.judge if judge else preset.clip
+    stem = preset_encoder(preset, root, stem_weights)
+    print(f"training a small CLIP on {stem.name} once; it is kept in {folder}")
+    manifest = load_dataset(preset.dataset, root)
+    train = manifest.split("train")
+    flipped = extract(train, stem, "grid", flip=True) if preset.flip else None
+    data = TrainingData(train, manifest.split("dev"), extract(manifest, stem, "grid"), flipped)
+    tokenizer = fit_tokenizer(recipe.tokenizer, train.captions(), preset.min_count)
+    torch.manual_seed(recipe.training.seed)
+    dual = DualEncoder.new(recipe.sizes, stem, tokenizer)
+    best = ContrastiveTrainer(dual, data, recipe.training, folder.parent / f"{folder.name}-run").train()
+    best.clip.half().float()  # as it is kept
+    run = best.images.training_run = dict(best.images.training_run or {})
+    for split in ("dev", "test"):
+        if split in manifest.split_names():
+            scores = measure(best.to(choose_device()), manifest.split(split), data.plain)
+            run[split] = {key: round(value, 2) for key, value in scores.items()}
+            print(f"{split}: " + ", ".join(f"{key} {value:.1f}" for key, value in scores.items()))
+    best.save(folder)
+    return folder
+
+
+def dual_encoder_folder(preset: Preset, judge: bool = False) -> Path:
+    """Return where a preset's small CLIP is kept, or the one that only measures."""
+    return data_dir() / "encoders" / f"{preset.name}_{'judge' if judge else 'clip'}"

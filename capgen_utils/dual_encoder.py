@@ -1,8 +1,6 @@
 """CLIP: images and texts in one space (arXiv 2103.00020); a published one, or a small one that is trained here."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +13,24 @@ from capgen_utils.bpe import BpeTokenizer, tokenizer_from_json
 from capgen_utils.compat import import_torchvision
 from capgen_utils.config import SmallClipConfig
 from capgen_utils.encoders import (
-    CLIP_PREPROCESSING,
+    START,
     CLIP_REMEDY,
     ClipVision,
     Encoder,
-    restore_encoder,
+    hash_tensors,
+    load_encoder_folder,
+    published_clip,
     save_encoder,
     small_clip,
     small_clip_config,
     small_vision_config,
 )
 from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
+from capgen_utils.hub import load_pretrained
 from capgen_utils.images import ImageLike, is_many, open_image
-from capgen_utils.presets import SMALL_CLIP
-from capgen_utils.tensors import read_tensors, save_tensors
+from capgen_utils.tensors import compact, grid_sinusoids, read_tensors, save_tensors, sinusoids
 from capgen_utils.text import Tokenizer
 
-VERSION = 1
-KIND = "dual_encoder"
 TEXTS = 256  # read together
 _REMEDY = "copy the whole folder again, or train it again (capgen pretrain)"
 
@@ -81,9 +79,11 @@ class DualEncoder(nn.Module):
             "pad_token_id": tokenizer.pad_id,
             "bos_token_id": tokenizer.start_id,
             "eos_token_id": tokenizer.end_id,
+            "initializer_factor": START,
         }
         vision = small_vision_config(sizes, stem)
         clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=sizes.embed_size))
+        _initialise(clip)
         return cls(clip, small_clip(clip, sizes, stem), tokenizer)
 
     @classmethod
@@ -100,8 +100,6 @@ class DualEncoder(nn.Module):
         import_torchvision()
         from transformers import CLIPModel
 
-        from capgen_utils.hub import load_pretrained
-
         clip = load_pretrained(CLIPModel, source, CLIP_REMEDY)
         if tokenizer is None:
             has_table = (Path(source) / "merges.txt").is_file()
@@ -111,9 +109,7 @@ class DualEncoder(nn.Module):
                 f"{source} reads {clip.config.text_config.vocab_size} tokens, and there are {len(tokenizer)}",
                 CLIP_REMEDY,
             )
-        preprocessing = replace(CLIP_PREPROCESSING, size=clip.config.vision_config.image_size)
-        images = ClipVision(Path(source).name, clip.vision_model, clip.visual_projection, preprocessing)
-        return cls(clip, images, tokenizer, str(source))
+        return cls(clip, published_clip(clip, Path(source).name), tokenizer, str(source))
 
     # --- from images and texts to vectors ----------------------------------------------------------------------------
 
@@ -208,79 +204,73 @@ class DualEncoder(nn.Module):
 
     # --- on disk -----------------------------------------------------------------------------------------------------
 
-    def weights_hash(self) -> str:
-        """Return a hash (16 hexadecimal digits) of all weights, those of the stem included."""
-        digest = hashlib.sha256(self.images.weights_hash().encode())
-        for key, tensor in sorted(self.clip.state_dict().items()):
-            digest.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+    def _text_half(self) -> dict[str, Tensor]:
+        images = {"vision_model", "visual_projection"}
+        return {key: value for key, value in self.clip.state_dict().items() if key.split(".")[0] not in images}
+
+    def text_hash(self) -> str:
+        """Return a hash (16 hexadecimal digits) of the text half's weights, the temperature included."""
+        return hash_tensors(self._text_half())
 
     def describe(self) -> dict[str, Any]:
-        """Return what its folder and a result say of it."""
-        return {
-            "kind": KIND,
-            "version": VERSION,
-            "name": self.name,
-            "source": self.source,
-            "weights_hash": self.weights_hash(),
-            "sizes": self.images.settings,
-            "stem": self.images.stem.describe() if self.images.stem is not None else None,
-            "training_run": self.images.training_run,
-        }
+        """Return what its folder and a result say of it: the image half's description, and the text half's."""
+        return self.images.describe() | {"text": {"weights_hash": self.text_hash(), "source": self.source}}
 
     def save(self, folder: Path) -> None:
-        """Write it as a folder, in one atomic step; of a published CLIP only where it came from.
+        """Write it as a folder, in one atomic step: that of its image half as an encoder, and two files more.
+
+        Of a published CLIP only its source is written.
 
         Raises:
             CapGenError: the folder cannot be written.
         """
         with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            write_json(temporary / "config.json", self.describe())
-            stem = self.images.stem
             if self.source is None:
+                save_encoder(temporary, self.images)
+                save_tensors(temporary / "text.safetensors", compact(self._text_half()))
                 write_json(temporary / "tokenizer.json", self.tokenizer.to_json())
-                save_tensors(temporary / "model.safetensors", self.clip.state_dict())
-            if stem is not None and not stem.public:
-                save_encoder(temporary / "stem", stem)
+            temporary.mkdir(exist_ok=True)
+            write_json(temporary / "config.json", self.describe())
 
     @classmethod
     def load(cls, folder: Path, weights: Path | None = None) -> "DualEncoder":
         """Load what ``save`` wrote. It is data, never code: names, shapes and sizes are checked before use.
 
         Args:
-            folder: holds ``config.json``, ``tokenizer.json``, ``model.safetensors`` and, where need be, ``stem/``.
+            folder: holds ``config.json``, ``model.safetensors``, ``text.safetensors``, ``tokenizer.json`` and, where
+                the stem is not public, ``stem/``.
             weights: a local weights file of the stem, or folder of a published CLIP, where it cannot be downloaded.
 
         Raises:
-            CapGenError: a file is missing, damaged or of another version, or they do not fit together.
+            CapGenError: a file is missing or damaged, or they do not fit together.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise CapGenError(f"there is no folder {folder} with a dual encoder", "train one: capgen pretrain")
         described = read_json(folder / "config.json", _REMEDY)
-        described = described if isinstance(described, dict) else {}
-        if (described.get("kind"), described.get("version")) != (KIND, VERSION):
-            raise CapGenError(f"{folder} holds no dual encoder of version {VERSION}", _REMEDY)
-        if isinstance(described.get("source"), str):
-            dual = cls.from_pretrained(weights or described["source"])
+        text = described.get("text") if isinstance(described, dict) else None
+        if not isinstance(text, dict):
+            raise CapGenError(f"{folder} holds no dual encoder", _REMEDY)
+        if isinstance(text.get("source"), str):
+            dual = cls.from_pretrained(weights or text["source"])
         else:
-            dual = cls._load_small(folder, described, weights)
-        dual.images.training_run = described.get("training_run")
-        if dual.weights_hash() != described.get("weights_hash"):
+            dual = cls._load_small(folder, load_encoder_folder(folder, weights))
+        if dual.text_hash() != text.get("weights_hash") or dual.images.weights_hash() != described.get("weights_hash"):
             raise CapGenError(f"{folder}: the weights are not those that config.json describes", _REMEDY)
         return dual
 
     @classmethod
-    def _load_small(cls, folder: Path, described: dict[str, Any], weights: Path | None) -> "DualEncoder":
-        sizes = small_clip_config(described.get("sizes"))
+    def _load_small(cls, folder: Path, images: Encoder) -> "DualEncoder":
+        if images.stem is None:
+            raise CapGenError(f"{folder} holds no dual encoder", _REMEDY)
+        sizes = small_clip_config(images.settings)
         tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json", _REMEDY))
-        stem = restore_encoder(described.get("stem"), folder / "stem", weights, SMALL_CLIP)
         with torch.device("meta"):  # shapes first: nothing is allocated for weights that do not fit
-            shapes = {k: v.shape for k, v in cls.new(sizes, stem, tokenizer).clip.state_dict().items()}
-        tensors = read_tensors(folder / "model.safetensors", shapes, _REMEDY)
-        dual = cls.new(sizes, stem, tokenizer)
-        dual.clip.load_state_dict({k: v.float() for k, v in tensors.items()})
+            shapes = {k: v.shape for k, v in cls.new(sizes, images.stem, tokenizer)._text_half().items()}
+        tensors = read_tensors(folder / "text.safetensors", shapes, _REMEDY)
+        dual = cls.new(sizes, images.stem, tokenizer)
+        dual.clip.load_state_dict(images.trunk.state_dict() | {k: v.float() for k, v in tensors.items()})
+        dual.images.training_run = images.training_run
         return dual
 
 
@@ -290,3 +280,20 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids)
     return tokens
+
+
+@torch.no_grad()
+def _initialise(clip: Any) -> None:
+    """Let words, image vectors and their places start at about unit size.
+
+    CLIP's own beginning, with places of a fiftieth of that, learns what is in an image long before it learns where:
+    a few thousand images are too few for that.
+    """
+    text, vision = clip.text_model.embeddings, clip.vision_model.embeddings
+    text.token_embedding.weight.normal_()
+    places, width = text.position_embedding.weight.shape
+    text.position_embedding.weight.copy_(sinusoids(torch.arange(places), width))
+    patches = vision.patch_embedding.weight
+    patches.normal_(std=patches[0].numel() ** -0.5)
+    places, width = vision.position_embedding.weight.shape
+    vision.position_embedding.weight[1:] = grid_sinusoids(places - 1, width)  # the first place is the class token's

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from capgen_utils.compat import import_torchvision
 from capgen_utils.config import SmallClipConfig, data_dir, from_dict
 from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
+from capgen_utils.hub import load_pretrained
 from capgen_utils.presets import SMALL_CLIP
-from capgen_utils.tensors import read_tensors, save_tensors
+from capgen_utils.tensors import compact, read_tensors, save_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -114,13 +115,13 @@ class Encoder(nn.Module):
         maps = self.trunk((images - self.mean) / self.std)  # (B, D, h, w)
         return {"grid": maps.flatten(2).transpose(1, 2), "pooled": maps.mean((2, 3))}
 
+    def from_stem(self, grid: Tensor) -> dict[str, Tensor]:
+        """Encode the ``grid`` (B, N, D) of the stem, for encoders that have one: what ``forward`` makes of images."""
+        raise NotImplementedError(f"{self.name} reads pixels")
+
     def weights_hash(self) -> str:
         """Return a hash (16 hexadecimal digits) of all weights and buffers of the network, its stem's included."""
-        digest = hashlib.sha256(self.stem.weights_hash().encode() if self.stem is not None else b"")
-        for key, tensor in sorted(self.trunk.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return hash_tensors(self.trunk.state_dict(), self.stem.weights_hash() if self.stem is not None else "")
 
     def describe(self) -> dict[str, Any]:
         """Return what a bundle and a result say of this encoder."""
@@ -134,6 +135,15 @@ class Encoder(nn.Module):
             "training_run": self.training_run,
             **({"stem": self.stem.describe()} if self.stem is not None else {}),
         }
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], start: str = "") -> str:
+    """Return a hash (16 hexadecimal digits) of ``start``, and of names and values of ``tensors``."""
+    digest = hashlib.sha256(start.encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class ShapesTrunk(nn.Sequential):
@@ -176,14 +186,14 @@ _FOLDER_REMEDY = "train the encoder again (capgen pretrain), or get the bundle a
 
 
 def save_encoder(folder: Path, encoder: Encoder) -> None:
-    """Write an encoder that is not public: its weights (fp32), its description, and its stem where that is not public.
+    """Write an encoder that is not public: its weights, its description, and its stem where that is not public.
 
     Raises:
         CapGenError: the folder cannot be written.
     """
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        save_tensors(temporary / "model.safetensors", encoder.trunk.state_dict())
+        save_tensors(temporary / "model.safetensors", compact(encoder.trunk.state_dict()))
         write_json(temporary / "config.json", encoder.describe())
         if encoder.stem is not None and not encoder.stem.public:
             save_encoder(temporary / "stem", encoder.stem)
@@ -252,9 +262,9 @@ def restore_encoder(
     """
     if not isinstance(described, dict) or not all(isinstance(described.get(k), str) for k in ("name", "weights_hash")):
         raise CapGenError(f"the description of the encoder of {reader} is damaged", _FOLDER_REMEDY)
-    name, private = described["name"], own is not None and own.is_dir()
-    if private and (weights is None or described.get("stem")):
-        encoder = load_encoder_folder(own, weights)  # type: ignore[arg-type]
+    name = described["name"]
+    if own is not None and own.is_dir() and (weights is None or described.get("stem")):
+        encoder = load_encoder_folder(own, weights)
     else:
         encoder = build_encoder(name, weights)
     if encoder.name != name or encoder.weights_hash() != described["weights_hash"]:
@@ -373,7 +383,7 @@ class ClipVision(Encoder):
     """CLIP's image half (arXiv 2103.00020): a vision transformer whose class token is projected into the shared space.
 
     It looks at pixels or, as the small one that is trained here does, at the grid of a frozen stem: to the library's
-    code that grid is a picture of 7 x 7 pixels, say, with 1280 channels, and each pixel is a patch.
+    code that grid is a picture of 7 x 7 pixels, say, with 1280 channels, cut into patches.
 
     Outputs: ``embedding`` (E,), of length 1, and ``grid`` (1 + N, D), the last hidden states, class token first.
     """
@@ -421,6 +431,10 @@ def as_picture(grid: Tensor) -> Tensor:
     return grid.transpose(1, 2).unflatten(2, (side, side))
 
 
+# The library's initial weights suit 12 layers: with two or three, all images would start with nearly the same vector.
+START = 2.0
+
+
 def small_clip_config(settings: Any) -> SmallClipConfig:
     """Rebuild the sizes of a small CLIP from JSON.
 
@@ -442,12 +456,14 @@ def small_vision_config(sizes: SmallClipConfig, stem: Encoder) -> dict[str, Any]
     """Return the library's configuration of a vision tower that looks at the stem's grid.
 
     Raises:
-        CapGenError: the stem's grid is not square.
+        CapGenError: the stem's grid is not square, or cannot be cut into such patches.
     """
     places, depth = stem.outputs.get("grid", (0, 0))
     side = math.isqrt(places)
-    if not places or side * side != places:
-        raise CapGenError(f"{stem.name} has no square grid that a small CLIP could look at", "choose another encoder")
+    if not places or side * side != places or not 0 < sizes.patch <= side or side % sizes.patch:
+        raise CapGenError(
+            f"{stem.name} has no square grid that can be cut into patches of {sizes.patch}", "choose another encoder"
+        )
     return {
         "hidden_size": sizes.vision_width,
         "intermediate_size": 4 * sizes.vision_width,
@@ -456,7 +472,8 @@ def small_vision_config(sizes: SmallClipConfig, stem: Encoder) -> dict[str, Any]
         "projection_dim": sizes.embed_size,
         "num_channels": depth,
         "image_size": side,
-        "patch_size": 1,
+        "patch_size": sizes.patch,
+        "initializer_factor": START,
     }
 
 
@@ -483,6 +500,10 @@ CLIP_PREPROCESSING = Preprocessing(
 )
 
 
+CLIPS: dict[str, dict[str, tuple[int, ...]]] = {
+    "clip-vit-base-patch32": {"embedding": (512,), "grid": (50, 768)},
+    "clip-vit-large-patch14": {"embedding": (768,), "grid": (257, 1024)},
+}
 CLIP_REMEDY = (
     "provide CLIP in one of three ways: (1) connect to the network once, so that it can be fetched from the hub; "
     "(2) name a local folder in the hub's layout (--encoder-weights FOLDER); "
@@ -494,19 +515,27 @@ def clip_vision(name: str, weights: Path | None = None) -> Encoder:
     """Return the image half of a published CLIP.
 
     Args:
-        name: ``clip-vit-base-patch32`` (embedding 512, grid 50 x 768) or ``clip-vit-large-patch14`` (768, 257 x 1024).
+        name: a key of ``CLIPS``.
         weights: a local folder in the hub's layout; else the hub's own is taken.
 
     Raises:
         CapGenError: the weights can be neither found nor downloaded; names the three ways to provide them.
     """
     import_torchvision()
-    from transformers import CLIPVisionModelWithProjection
+    from transformers import CLIPModel
 
-    from capgen_utils.hub import load_pretrained
+    source = weights or f"openai/{name}"
+    halves = load_pretrained(CLIPModel, source, CLIP_REMEDY)  # the text half is dropped
+    encoder = published_clip(halves, name)
+    if encoder.outputs != CLIPS[name]:
+        raise CapGenError(f"{source} is a CLIP, but not {name}", CLIP_REMEDY)
+    return encoder
 
-    model = load_pretrained(CLIPVisionModelWithProjection, weights or f"openai/{name}", CLIP_REMEDY)
-    return ClipVision(name, model.vision_model, model.visual_projection, CLIP_PREPROCESSING)
+
+def published_clip(halves: Any, name: str) -> ClipVision:
+    """Return the image half of ``halves``, the library's ``CLIPModel``, as an encoder of pixels."""
+    preprocessing = replace(CLIP_PREPROCESSING, size=halves.config.vision_config.image_size)
+    return ClipVision(name, halves.vision_model, halves.visual_projection, preprocessing)
 
 
 class Pixels(Encoder):
@@ -521,7 +550,6 @@ class Pixels(Encoder):
         return {"pixels": pixels.float()}
 
 
-CLIPS = ("clip-vit-base-patch32", "clip-vit-large-patch14")
 ENCODERS: dict[str, Callable[[Path | None], Encoder]] = {
     "efficientnet_lite0": efficientnet_lite0,
     "shapes_cnn": shapes_cnn,

@@ -33,6 +33,7 @@ from capgen_utils.images import open_image
 FORMAT = 1
 DECODERS = 2  # threads that decode JPEGs while the encoder computes
 PREFETCH = 4  # decoded batches that may wait for the encoder
+_Batch = tuple[list[str], np.ndarray, dict[str, str]]  # names, an array with a row for each, unreadable ones and why
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def extract(
     """Return the features of every image of ``manifest``, from the cache where it holds them.
 
     A missing cache is written row by row beside its final name; a killed run goes on where it stopped.
-    Images that cannot be read are counted, reported and marked, not fatal.
+    Images that cannot be read are counted, reported and marked, not fatal. An encoder that reads the grid of a stem
+    is given that grid from its cache where there is one.
 
     Raises:
         CapGenError: too little disk space; no such output; a damaged cache; not one readable image.
@@ -157,21 +159,29 @@ def extract(
     partial = path.with_suffix(".partial")
     done = partial.stat().st_size if partial.exists() else 0
     require_space(folder, size - done + 2**20, "the feature cache")
-    failed = _write_rows(partial, manifest, encoder.to(device), output, flip, dtype, batch_size)
+    grids = find_cache(manifest, encoder.stem, "grid", dtype, flip, folder) if encoder.stem is not None else None
+    failed = _write_rows(partial, manifest, encoder.to(device), output, flip, dtype, batch_size, grids)
     _finish(partial, path, key, manifest, shape, failed)
     return open_cache(path, key)
 
 
 def cache_path(manifest: Manifest, key: dict[str, Any], folder: Path | None = None) -> Path:
     """Return where features with this key lie, in ``folder`` or in the data folder's ``features``."""
-    name = f"{manifest.name}-{key['encoder']}-{key['output']}-{key['view']}-{fingerprint(key)}.npy"
+    name = f"{manifest.name}-{key['encoder'].replace(' ', '_')}-{key['output']}-{key['view']}-{fingerprint(key)}.npy"
     return (folder or data_dir() / "features") / name
 
 
-def find_cache(manifest: Manifest, encoder: Encoder, output: str, dtype: torch.dtype) -> FeatureCache | None:
-    """Return the plain view's features of ``manifest`` if they have been extracted already."""
-    key = cache_key(manifest, encoder, output, False, dtype)
-    path = cache_path(manifest, key)
+def find_cache(
+    manifest: Manifest,
+    encoder: Encoder,
+    output: str,
+    dtype: torch.dtype,
+    flip: bool = False,
+    folder: Path | None = None,
+) -> FeatureCache | None:
+    """Return the features of ``manifest`` if they have been extracted already."""
+    key = cache_key(manifest, encoder, output, flip, dtype)
+    path = cache_path(manifest, key, folder)
     return open_cache(path, key) if path.with_suffix(".json").exists() else None
 
 
@@ -183,7 +193,14 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 
 def _write_rows(
-    partial: Path, manifest: Manifest, encoder: Encoder, output: str, flip: bool, dtype: torch.dtype, batch_size: int
+    partial: Path,
+    manifest: Manifest,
+    encoder: Encoder,
+    output: str,
+    flip: bool,
+    dtype: torch.dtype,
+    batch_size: int,
+    grids: FeatureCache | None,
 ) -> dict[str, str]:
     """Append the rows that ``partial`` does not hold yet; returns the unreadable images and why."""
     shape = (len(manifest), *encoder.outputs[output])
@@ -195,18 +212,34 @@ def _write_rows(
         if not rows:
             stream.write(header)
             log.unlink(missing_ok=True)
-        batches = _decoded(manifest, encoder, flip, rows, batch_size)
+        if grids is None:
+            batches = _encoded(_decoded(manifest, encoder, flip, rows, batch_size), encoder, output, dtype)
+        else:
+            batches = _encoded_grids(grids, encoder, output, rows, batch_size)
         with tqdm(total=len(manifest), initial=rows, unit="img", desc=f"{encoder.name} {output}") as bar:
-            for names, pixels, failed in batches:
+            for names, features, failed in batches:
                 if failed:
                     _log_failures(log, failed)
-                features = _run(encoder, pixels, dtype)[output].numpy()
                 features[[i for i, name in enumerate(names) if name in failed]] = np.nan
                 stream.write(features.tobytes())
                 bar.update(len(names))
         stream.flush()
         os.fsync(stream.fileno())
     return _read_failures(log)
+
+
+def _encoded(decoded: Iterator[_Batch], encoder: Encoder, output: str, dtype: torch.dtype) -> Iterator[_Batch]:
+    for names, pixels, failed in decoded:
+        yield names, _run(encoder, pixels, dtype)[output].numpy(), failed
+
+
+@torch.inference_mode()
+def _encoded_grids(grids: FeatureCache, encoder: Encoder, output: str, first: int, batch_size: int) -> Iterator[_Batch]:
+    for start in range(first, len(grids.names), batch_size):
+        names = list(grids.names[start : start + batch_size])
+        grid = torch.from_numpy(np.array(grids.array[start : start + batch_size])).to(encoder.mean.device)
+        features = encoder.from_stem(grid)[output].to(torch.float16).cpu().numpy()
+        yield names, features, {name: grids.failed[name] for name in names if name in grids.failed}
 
 
 def _read_failures(log: Path) -> dict[str, str]:
@@ -222,13 +255,11 @@ def _log_failures(log: Path, failed: dict[str, str]) -> None:
         tqdm.write(f"skipped: {reason}")
 
 
-def _decoded(
-    manifest: Manifest, encoder: Encoder, flip: bool, first: int, batch_size: int
-) -> Iterator[tuple[list[str], np.ndarray, dict[str, str]]]:
+def _decoded(manifest: Manifest, encoder: Encoder, flip: bool, first: int, batch_size: int) -> Iterator[_Batch]:
     """Yield (names, pixels, failures) in order; threads decode ahead while the encoder computes."""
     blank = np.zeros((encoder.preprocessing.size, encoder.preprocessing.size, 3), dtype=np.uint8)
 
-    def decode(start: int) -> tuple[list[str], np.ndarray, dict[str, str]]:
+    def decode(start: int) -> _Batch:
         pixels, failed = [], {}
         items = manifest.items[start : start + batch_size]
         for item in items:
@@ -239,7 +270,7 @@ def _decoded(
                 failed[item.image] = error.problem
         return [item.image for item in items], np.stack(pixels), failed
 
-    waiting: list[Future[tuple[list[str], np.ndarray, dict[str, str]]]] = []
+    waiting: list[Future[_Batch]] = []
     with ThreadPoolExecutor(DECODERS) as pool:
         for start in range(first, len(manifest), batch_size):
             waiting.append(pool.submit(decode, start))

@@ -13,7 +13,7 @@ from capgen_utils.compat import import_torchvision
 from capgen_utils.files import CapGenError
 
 HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as out of reach
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # What older releases of the library wrote beside the weights: constants that it makes itself.
 _CONSTANTS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|embeddings\.position_ids)")
 
@@ -45,7 +45,7 @@ def load_pretrained(kind: type, source: str | Path, remedy: str) -> Any:
         try:
             model, report = _load(kind, source, local=True)
         except OSError:
-            if Path(source).is_dir():
+            if _is_folder(source):
                 raise
             _ask(str(source))
             model, report = _load(kind, source, local=False)
@@ -71,14 +71,19 @@ def read_config(source: str | Path, remedy: str) -> dict[str, Any]:
     Raises:
         CapGenError: there is none, or it is none of a model.
     """
-    if not Path(source).is_dir() and (isinstance(source, Path) or not _HUB_NAME.fullmatch(source)):
+    folder = _is_folder(source)
+    if not folder and (isinstance(source, Path) or not _HUB_NAME.fullmatch(source)):
         raise CapGenError(f"{source} is neither an existing folder nor the name of a model on the hub", remedy)
     with _explained(source, remedy):
-        path = Path(source) / "config.json" if Path(source).is_dir() else fetch(str(source), "config.json")
+        path = Path(source) / "config.json" if folder else fetch(str(source), "config.json")
         config = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise CapGenError(f"{path} does not describe a model", remedy)
     return config
+
+
+def _is_folder(source: str | Path) -> bool:
+    return source != "" and Path(source).is_dir()
 
 
 def fetch(name: str, file: str) -> Path:
@@ -87,13 +92,13 @@ def fetch(name: str, file: str) -> Path:
     Raises:
         Exception: the client's errors, which come from several libraries; quickly where nobody answers.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    try:
-        return Path(hf_hub_download(name, file, local_files_only=True))
-    except OSError:
-        _ask(name, file)
-        return Path(hf_hub_download(name, file))
+    cached = try_to_load_from_cache(name, file)
+    if isinstance(cached, str):
+        return Path(cached)
+    _ask(name, file)
+    return Path(hf_hub_download(name, file))
 
 
 def _ask(name: str, file: str = "config.json") -> None:

@@ -8,8 +8,10 @@ from capgen_utils.config import (
     AttendTellConfig,
     ClipGpt2Config,
     ClipPrefixConfig,
+    ContrastiveConfig,
     DecodingConfig,
     ShowTellConfig,
+    SmallClipConfig,
     TrainingConfig,
     TransformerConfig,
     choose_device,
@@ -37,6 +39,21 @@ class Recipe:
     decoding: DecodingConfig | None = None
 
 
+@dataclass(frozen=True)
+class ClipRecipe:
+    """How a preset trains a small CLIP on the grid of its own encoder.
+
+    Attributes:
+        sizes: of its two halves.
+        training: how it is trained.
+        tokenizer: ``clip`` or ``word``.
+    """
+
+    sizes: SmallClipConfig = SmallClipConfig()
+    training: ContrastiveConfig = ContrastiveConfig()
+    tokenizer: str = "clip"
+
+
 def _published_models() -> dict[str, Recipe]:
     """The five captioners on public encoders in their usual sizes."""
     return {
@@ -61,7 +78,8 @@ class Preset:
         models: a recipe by model name; see ``recipe``.
         training: of the captioners.
         pretraining: of the encoder, where the preset's encoder has to be trained first; else ``None``.
-        contrastive: training of the dual encoder ``SMALL_CLIP``.
+        clip: how the dual encoder ``SMALL_CLIP`` is trained.
+        judge: how another one is trained that only measures: of another seed, width and vocabulary.
         language: training of the language model ``gpt2-mini``.
         decoding: the defaults that go into the bundle.
     """
@@ -74,7 +92,12 @@ class Preset:
     models: Mapping[str, Recipe] = field(default_factory=_published_models)
     training: TrainingConfig = TrainingConfig()
     pretraining: TrainingConfig | None = None
-    contrastive: TrainingConfig = TrainingConfig()
+    clip: ClipRecipe = ClipRecipe()
+    judge: ClipRecipe = ClipRecipe(
+        SmallClipConfig(vision_width=256, vision_heads=4, text_width=256, text_heads=4),
+        ContrastiveConfig(seed=2),
+        "word",
+    )
     language: TrainingConfig = TrainingConfig()
     decoding: DecodingConfig = DecodingConfig()
 
@@ -122,14 +145,22 @@ _SHAPES_CNN: dict[str, Any] = {"img_size": 64, "cnn_backbone": "shapes_cnn", "se
 _SHAPES_DECODER: dict[str, Any] = {"d_model": 128, "n_decode": 2, "n_head": 4, "fc_dim": 512, "dropout": 0.1}
 _LITE0: dict[str, Any] = {"cnn_backbone": "efficientnet_lite0", "seq_len": 26}
 
+_SHAPES_CLIP = SmallClipConfig(
+    embed_size=256, patch=2, vision_width=128, vision_layers=2, vision_heads=4, text_width=128, text_layers=2,
+    text_heads=4, seq_len=32,
+)  # fmt: skip
+_SHAPES_CONTRASTIVE = ContrastiveConfig(
+    epochs=16, batch_images=64, learning_rate=1e-3, weight_decay=0.01, average=0.99, patience=16
+)
+
 SHAPES = Preset(
     name="shapes",
     dataset="shapes",
     encoder="shapes_cnn",
     min_count=1,
     models={
-        "show_tell": Recipe(ShowTellConfig(**_SHAPES_CNN, embed_size=256, hidden_size=256, num_layers=2, dropout=0.1)),
-        "attend_tell": Recipe(AttendTellConfig(**_SHAPES_CNN, dropout=0.1)),
+        "show_tell": Recipe(ShowTellConfig(**_SHAPES_CNN, embed_size=256, hidden_size=512, num_layers=1, dropout=0.1)),
+        "attend_tell": Recipe(AttendTellConfig(**_SHAPES_CNN, dropout=0.1), training=replace(SHAPES_TRAINING, epochs=10)),
         "transformer": Recipe(TransformerConfig(**_SHAPES_CNN, **_SHAPES_DECODER)),
         "clip_prefix": Recipe(
             ClipPrefixConfig(seq_len=32, **_SHAPES_DECODER, tower_layers=2, tower_width=128, tower_heads=4),
@@ -143,12 +174,21 @@ SHAPES = Preset(
     },
     training=SHAPES_TRAINING,
     pretraining=replace(SHAPES_TRAINING, epochs=22),
-    contrastive=replace(SHAPES_TRAINING, epochs=40, learning_rate=1e-3),
+    clip=ClipRecipe(_SHAPES_CLIP, _SHAPES_CONTRASTIVE),
+    judge=ClipRecipe(
+        replace(_SHAPES_CLIP, vision_width=96, text_width=96), replace(_SHAPES_CONTRASTIVE, seed=2), "word"
+    ),
     language=replace(SHAPES_TRAINING, epochs=4),
     decoding=DecodingConfig(beam=3, max_length=25),
 )
 
 FLICKR8K_TRAINING = TrainingConfig(epochs=17, batch_images=64, learning_rate=8e-4, average=0.999, patience=6)
+
+_FLICKR8K_CLIP = SmallClipConfig()
+_FLICKR8K_CONTRASTIVE = ContrastiveConfig(
+    epochs=20, batch_images=128, learning_rate=5e-4, weight_decay=0.1, average=0.999, feature_dropout=0.3,
+    word_dropout=0.1,
+)  # fmt: skip
 
 FLICKR8K = Preset(
     name="flickr8k",
@@ -175,7 +215,12 @@ FLICKR8K = Preset(
         ),
     },
     training=FLICKR8K_TRAINING,
-    contrastive=TrainingConfig(epochs=20, batch_images=256, learning_rate=1e-3, average=0.99),
+    clip=ClipRecipe(_FLICKR8K_CLIP, _FLICKR8K_CONTRASTIVE),
+    judge=ClipRecipe(
+        replace(_FLICKR8K_CLIP, vision_width=256, vision_heads=4, text_width=256, text_heads=4),
+        replace(_FLICKR8K_CONTRASTIVE, seed=2),
+        "word",
+    ),
     language=TrainingConfig(epochs=8, batch_images=64, learning_rate=1e-3, average=0.99),
     decoding=DecodingConfig(beam=5, max_length=25, length_penalty=0.5),
 )

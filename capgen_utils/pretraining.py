@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from capgen_utils.batches import TrainingData
-from capgen_utils.checkpoint import save_encoder
-from capgen_utils.config import data_dir
+from capgen_utils.config import choose_device, data_dir
 from capgen_utils.datasets import load_dataset
-from capgen_utils.encoders import Pixels, new_shapes_cnn
+from capgen_utils.encoders import Encoder, Pixels, build_encoder, new_shapes_cnn, save_encoder
 from capgen_utils.features import extract
 from capgen_utils.files import CapGenError, read_json
 from capgen_utils.models import JointCaptioner, build_model
@@ -22,6 +21,17 @@ from capgen_utils.training import Trainer
 def encoder_folder() -> Path:
     """Return where pre-training keeps the encoder of ``shapes``."""
     return data_dir() / "encoders" / "shapes_cnn"
+
+
+def preset_encoder(preset: Preset, root: Path | None = None, weights: Path | None = None) -> Encoder:
+    """Return a preset's own encoder on the chosen device; where it has to be trained here it is trained first.
+
+    Raises:
+        CapGenError: its weights, or the dataset that it is trained on, cannot be had.
+    """
+    if weights is None and preset.pretraining is not None:
+        pretrain_encoder(preset, root)
+    return build_encoder(preset.encoder, weights).to(choose_device())
 
 
 def pretrain_encoder(preset: Preset, root: Path | None = None, folder: Path | None = None) -> Path:

@@ -11,13 +11,15 @@ from accelerate import PartialState
 from capgen_utils.batches import TrainingData
 from capgen_utils.bpe import fit_tokenizer
 from capgen_utils.config import TrainingConfig, choose_device, choose_dtype
+from capgen_utils.contrastive import dual_encoder_folder, pretrain_dual_encoder
 from capgen_utils.datasets import Manifest, load_dataset
+from capgen_utils.dual_encoder import DualEncoder
 from capgen_utils.encoders import Encoder, build_encoder
 from capgen_utils.features import extract
 from capgen_utils.files import CapGenError
 from capgen_utils.language import fit_config, initialise
 from capgen_utils.models import build_model, feature_of
-from capgen_utils.presets import Preset, Recipe
+from capgen_utils.presets import SMALL_CLIP, Preset, Recipe
 from capgen_utils.pretraining import encoder_folder, pretrain_encoder
 from capgen_utils.text import Tokenizer
 from capgen_utils.training import Trainer
@@ -36,6 +38,7 @@ class Prepared:
         tokenizer: fitted on the training captions.
         data: images, captions and features.
         root: folder of the dataset, as asked for.
+        scorer: the CLIP that chooses among captions, where the encoder is its image half.
     """
 
     preset: Preset
@@ -46,6 +49,7 @@ class Prepared:
     tokenizer: Tokenizer
     data: TrainingData
     root: Path | None = None
+    scorer: DualEncoder | None = None
 
 
 def prepare(
@@ -71,7 +75,7 @@ def prepare(
     state = PartialState()
     with state.main_process_first():  # of several processes one draws the data set, the others find it
         manifest = load_dataset(preset.dataset, root, limit)
-    encoder = _encoder(preset, recipe, root, encoder_weights)
+    encoder, scorer = _encoder(preset, recipe, root, encoder_weights)
     output = feature_of(model, recipe.config)
     train = manifest.split("train")
     with state.main_process_first():  # and one writes the features
@@ -79,19 +83,37 @@ def prepare(
         plain = extract(manifest, encoder, output)
     data = TrainingData(train, manifest.split("dev"), plain, flipped)
     tokenizer = fit_tokenizer(recipe.tokenizer, train.captions(), preset.min_count)
-    return Prepared(preset, recipe, manifest, encoder, choose_dtype(choose_device()), tokenizer, data, root)
+    return Prepared(preset, recipe, manifest, encoder, choose_dtype(choose_device()), tokenizer, data, root, scorer)
 
 
-def _encoder(preset: Preset, recipe: Recipe, root: Path | None, weights: Path | None) -> Encoder:
-    """The recipe's encoder; what has to be trained here for it is trained first."""
+def _encoder(
+    preset: Preset, recipe: Recipe, root: Path | None, weights: Path | None
+) -> tuple[Encoder, DualEncoder | None]:
+    """The recipe's encoder, and the CLIP that it is half of; what has to be trained here for it is trained first."""
+    if recipe.encoder == SMALL_CLIP:
+        folder = dual_encoder_folder(preset)
+        _refuse_to_share(folder, preset)
+        pretrain_dual_encoder(preset, root, folder, stem_weights=weights)
+        with PartialState().main_process_first():
+            scorer = DualEncoder.load(folder, weights).to(choose_device())
+            return scorer.images, scorer
     if weights is None and preset.pretraining is not None and recipe.encoder == preset.encoder:
-        if PartialState().num_processes > 1 and not (encoder_folder() / "model.safetensors").is_file():
-            raise CapGenError(
-                f"the encoder {preset.encoder} is not trained yet", f"run first: capgen pretrain --preset {preset.name}"
-            )
+        _refuse_to_share(encoder_folder(), preset)
         pretrain_encoder(preset, root)
     with PartialState().main_process_first():
-        return build_encoder(str(recipe.encoder), weights).to(choose_device())
+        return build_encoder(str(recipe.encoder), weights).to(choose_device()), None
+
+
+def _refuse_to_share(folder: Path, preset: Preset) -> None:
+    """Refuse to train an encoder in several processes at once.
+
+    Raises:
+        CapGenError: it is not in ``folder`` yet.
+    """
+    if PartialState().num_processes > 1 and not (folder / "model.safetensors").is_file():
+        raise CapGenError(
+            f"the encoder in {folder} is not trained yet", f"run first: capgen pretrain --preset {preset.name}"
+        )
 
 
 def make_trainer(
@@ -130,4 +152,5 @@ def make_trainer(
     return Trainer(
         model_name, model, prepared.tokenizer, prepared.data, prepared.encoder, training,
         recipe.decoding or prepared.preset.decoding, folder, prepared.preset.name, prepared.dtype, trackers,
+        scorer=prepared.scorer,
     )  # fmt: skip

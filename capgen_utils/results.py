@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from capgen_utils.checkpoint import Bundle
-from capgen_utils.config import LARGEST_BEAM, DecodingConfig, choose_device
+from capgen_utils.config import DecodingConfig, choose_device, from_dict
 from capgen_utils.datasets import Manifest
-from capgen_utils.decoding import caption_manifest
+from capgen_utils.decoding import caption_manifest, check_decoding, describe, longest_caption
 from capgen_utils.features import extract, find_cache
-from capgen_utils.files import CapGenError, write_json
+from capgen_utils.files import write_json
 from capgen_utils.machine import machine, revision
 from capgen_utils.metrics import BLEU_PROTOCOL, bleu, diversity
 from capgen_utils.shapes import judge, load_scenes, scenes_file
@@ -43,9 +43,9 @@ def evaluate(
         encoder_weights: a local weights file of the encoder.
 
     Raises:
-        CapGenError: no such split; the encoder's weights cannot be had.
+        CapGenError: no such split; decoding that is not possible; the encoder's weights cannot be had.
     """
-    decoding = _possible(decoding or bundle.decoding)
+    decoding = check_decoding(decoding or bundle.decoding, longest_caption(bundle.model))
     part = manifest.split(split)
     device = choose_device()
     encoder = bundle.build_encoder(encoder_weights).to(device)
@@ -77,12 +77,6 @@ def evaluate(
         "machine": machine(),
     }  # fmt: skip
     return Evaluation(captions, result)
-
-
-def _possible(decoding: DecodingConfig) -> DecodingConfig:
-    if decoding.beam > LARGEST_BEAM:
-        raise CapGenError(f"a beam of {decoding.beam} is not possible", f"ask for 1 to {LARGEST_BEAM}")
-    return decoding
 
 
 def scores(captions: Mapping[str, str], references: Mapping[str, Any], manifest: Manifest) -> dict[str, float]:
@@ -123,6 +117,6 @@ def summary(result: Mapping[str, Any]) -> str:
     lines = [f"{result['model']} on {rules['dataset']}/{rules['split']}: {rules['images']} images, "
              f"{rules['references']} references, encoder {rules['encoder']}"]  # fmt: skip
     lines += [f"  {name:28s} {value:10.2f}" for name, value in result["scores"].items()]
-    decoding = rules["decoding"]
-    lines.append(f"  beam {decoding['beam']}, length penalty {decoding['length_penalty']}; BLEU: {rules['BLEU']}")
+    decoding = {key: value for key, value in rules["decoding"].items() if key != "dtype"}
+    lines.append(f"  {describe(from_dict(DecodingConfig, decoding))}; BLEU: {rules['BLEU']}")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
-"""Named tensors in safetensors files: written or refused with an explanation, read only where they are as expected."""
+"""Named tensors in safetensors files, written and read with explanations; and the tensors that name places."""
 
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         raise OSError(str(error)) from error
 
 
+def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``tensors``; those of float32 that lose nothing by it in float16."""
+    return {name: _halved(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    half = tensor.half()
+    return half if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor) else tensor
+
+
 def read_tensors(path: Path, shapes: Mapping[str, torch.Size], remedy: str) -> dict[str, Tensor]:
     """Read a safetensors file that must hold exactly the tensors named in ``shapes``.
 
@@ -48,3 +59,19 @@ def read_tensors(path: Path, shapes: Mapping[str, torch.Size], remedy: str) -> d
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()):
         raise CapGenError(f"{path} holds values that are not finite", remedy)
     return tensors
+
+
+def sinusoids(places: Tensor, width: int) -> Tensor:
+    """Sines and cosines of ``places`` (N,) at wavelengths from 2 pi to 10000 x 2 pi: (N, width)."""
+    rates = 10000 ** (-torch.arange(0, width, 2) / width)
+    angles = places[:, None] * rates  # (N, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+
+
+def grid_sinusoids(positions: int, width: int) -> Tensor:
+    """Sines and cosines of row and column, half of the width each, for a square grid; one axis for any other."""
+    side = math.isqrt(positions)
+    if side * side != positions:
+        return sinusoids(torch.arange(positions), width)
+    row, column = torch.arange(positions) // side, torch.arange(positions) % side
+    return torch.cat([sinusoids(row, width // 2), sinusoids(column, width - width // 2)], dim=1)

@@ -27,6 +27,7 @@ from capgen_utils.batches import (
 from capgen_utils.checkpoint import Bundle, bundle_info, load_checkpoint, save_bundle, save_checkpoint
 from capgen_utils.config import DecodingConfig, TrainingConfig, choose_dtype
 from capgen_utils.decoding import Specials, caption_manifest
+from capgen_utils.dual_encoder import DualEncoder
 from capgen_utils.encoders import Encoder
 from capgen_utils.files import CapGenError, explain_os_errors, fingerprint, read_json, write_json, write_text
 from capgen_utils.machine import machine, revision
@@ -85,6 +86,8 @@ class Trainer:
         preset: name for the bundle.
         extraction_dtype: compute dtype of the features.
         trackers: names that Accelerate knows: ``tensorboard``, ``wandb``.
+        device: where to compute.
+        scorer: a CLIP that chooses among the captioner's captions, for the bundle.
     """
 
     def __init__(
@@ -101,7 +104,9 @@ class Trainer:
         extraction_dtype: torch.dtype,
         trackers: Sequence[str] = (),
         device: torch.device | None = None,
+        scorer: DualEncoder | None = None,
     ) -> None:
+        self.scorer = scorer
         self.model_name, self.tokenizer, self.encoder = model_name, tokenizer, encoder
         self.config, self.decoding, self.folder, self.preset = config, decoding, Path(folder), preset
         self.extraction_dtype, self.data = extraction_dtype, data.readable()
@@ -112,7 +117,7 @@ class Trainer:
             torch.manual_seed(config.seed + self.accelerator.process_index)
         self.model = model
         self.average = {k: v.detach().clone() for k, v in self._floats(model)} if config.average else None
-        self.optimizer = self.accelerator.prepare(_optimizer(model, config))
+        self.optimizer = self.accelerator.prepare(make_optimizer(model, config))
         self.progress = Progress()
         batches = math.ceil(len(self.data.train) / config.batch_images)
         self.total_steps = batches * config.epochs
@@ -245,7 +250,7 @@ class Trainer:
             progress.best, progress.best_loss = score, result["dev_loss"]
             progress.best_epoch = progress.epoch
             if self.accelerator.is_main_process:
-                save_bundle(self.folder / "bundle", self.bundle(result), self.encoder)
+                save_bundle(self.folder / "bundle", self.bundle(result), self.encoder, scorer=self.scorer)
         if own is not None:
             self.model.load_state_dict(own)
         self.model.train()
@@ -343,13 +348,30 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
-def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return AdamW over what is learnable; only matrices decay."""
     learnable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in learnable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in learnable if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-9, fused=False)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's state as named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{index}.{k}": torch.as_tensor(v) for index, values in state.items() for k, v in values.items()}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimizer the state that ``pack_optimizer`` took; other tensors are passed over."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def _accelerator(
@@ -377,9 +399,7 @@ def _pack(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that training depends on, as tensors and JSON scalars."""
     tensors = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in (trainer.average or {}).items()}
-    state = trainer.optimizer.state_dict()["state"]
-    for index, values in state.items():
-        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
+    tensors |= pack_optimizer(trainer.optimizer)
     tensors["rng.cpu"] = torch.get_rng_state()
     if trainer.accelerator.device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -394,12 +414,7 @@ def _unpack(trainer: Trainer, tensors: Mapping[str, Tensor], scalars: Mapping[st
     trainer.model.load_state_dict(part("model."))
     if trainer.average is not None:
         trainer.average = {k: v.to(trainer.accelerator.device) for k, v in part("average.").items()}
-    optimizer = trainer.optimizer.state_dict()
-    optimizer["state"] = {}
-    for key, value in part("optimizer.").items():
-        index, name = key.split(".", 1)
-        optimizer["state"].setdefault(int(index), {})[name] = value
-    trainer.optimizer.load_state_dict(optimizer)
+    unpack_optimizer(trainer.optimizer, tensors)
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and trainer.accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng.cuda"])

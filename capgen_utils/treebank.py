@@ -28,7 +28,8 @@ _JOINED = r"(?-i:[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+)"  # AT&T
 _SIDE = r"[a-z0-9]+(?:-[a-z]+){0,2}"  # of a slash
 _NAME = r"[a-z][a-z0-9_:.-]*"  # of a tag or its attribute
 _ATTRIBUTE = rf" +{_NAME}(?: *= *(?:'[^']*'|\"[^\"]*\"|{_NAME}))?"
-_TAG = rf"<(?:[!?][a-z-][^>]*|{_NAME}(?:{_ATTRIBUTE})* */?|/{_NAME}) *>"
+_TAG = rf"<(?=[^<>]{{1,200}}>)(?:[!?][a-z-][^>]*|{_NAME}(?:{_ATTRIBUTE})* */?|/{_NAME}) *>"
+_PAGE = r"(?:/[^\s\"<>|()]+[^\s\"<>|.!?(){},-])?"  # behind an address
 
 # What keeps its period: abbreviations, those that do only as they are written here, titles, and a few before numbers.
 _ABBREVIATIONS = (
@@ -67,8 +68,8 @@ _RULES = (
     rf"({_ONE_WORD})",
     r"(y')\p{L}",
     r"((?:ftp|https?)://[^\s\"<>|()]+[^\s\"<>|.!?(){},-])",
-    r"((?:www\.(?:[^\s\"<>|.!?(){},]+\.)+[a-z]{2,4}|(?:[^\s\"`'<>|.!?(){},_$-]+\.)+(?:com|net|org|edu))"
-    r"(?:/[^\s\"<>|()]+[^\s\"<>|.!?(){},-])?)",
+    rf"(www\.(?:[^\s\"<>|.!?(){{}},]+\.)+[a-z]{{2,4}}{_PAGE})",
+    rf"((?:(?-i:[^\s\"`'<>|.!?(){{}}$,-_])+\.)+(?:com|net|org|edu){_PAGE})",
     r"((?:<|&lt;)?[a-z0-9][^\s\"<>|(){}]*@(?:[^\s\"<>|(){}.]+\.)*[^\s\"<>|(){}.]+(?:>|&gt;)?)",
     rf"(@[a-z_][a-z_0-9]*|\#{_LETTER}+)",
     rf"({_AUXILIARY}|n['`]t)[^a-z]",
@@ -90,7 +91,7 @@ _RULES = (
     rf"({_HYPHENATED})",
     rf"({_JOINED})",
     r"(')[a-z]\S",
-    r"([cf]\#|c\+\+|-+|<<|>>|\\\*|\.\.\.+|[?!]+|@+|\#+|_+|\*+|''|``|&amp;|&[lg]t;)",
+    r"([cf]\#|c\+\+|-+|<<|>>|\\\*|\.{3,5}|[?!]+|@+|\#+|_+|\*+|''|``|&amp;|&[lg]t;)",
     r"(.)",
 )
 _COMPILED = [regex.compile(rule, regex.IGNORECASE | regex.POSIX | regex.DOTALL) for rule in _RULES]

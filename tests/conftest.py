@@ -1,5 +1,6 @@
 """What all tests share: a private data folder, the real Flickr8k where there is one, and one trained captioner."""
 
+import functools
 import json
 import os
 import random
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, need
+
+from capgen_utils.models import MODELS
 
 __all__ = ["need"]
 
@@ -55,14 +58,15 @@ def flickr8k() -> Path:
 
 @dataclass(frozen=True)
 class ShapesRun:
-    """The one run of ``capgen train --preset shapes``."""
+    """The one run of ``capgen train --preset shapes --model MODEL``."""
 
     data: Path
+    model: str = "transformer"
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return self.data / "runs" / "shapes_transformer"
+        return self.data / "runs" / f"shapes_{self.model}"
 
     @property
     def bundle(self) -> Path:
@@ -76,22 +80,34 @@ class ShapesRun:
         return [json.loads(line) for line in lines]
 
 
-@pytest.fixture(scope="session")
-def shapes_run(private_data: Path) -> ShapesRun:
-    """Train the shapes captioner once, by the real command line; a finished run is found again."""
-    command = [sys.executable, "-m", "capgen_utils", "train", "--preset", "shapes"]
+@functools.cache
+def train_on_shapes(data: Path, model: str) -> ShapesRun:
+    """Train a shapes captioner once, by the real command line; a finished run is found again."""
+    command = [sys.executable, "-m", "capgen_utils", "train", "--preset", "shapes", "--model", model]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TRAINING_LIMIT, check=False)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    run = ShapesRun(private_data)
+    run = ShapesRun(data, model)
     assert run.bundle.is_dir()
     return run
 
 
 @pytest.fixture(scope="session")
-def shapes_evaluation(shapes_run: ShapesRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Score the shapes captioner on its test split by the real command line; returns the folder of the results."""
+def shapes_run(private_data: Path) -> ShapesRun:
+    """Return the trained transformer."""
+    return train_on_shapes(private_data, "transformer")
+
+
+@pytest.fixture(scope="session", params=list(MODELS))
+def any_shapes_run(request: pytest.FixtureRequest, private_data: Path) -> ShapesRun:
+    """Return each of the trained captioners."""
+    return train_on_shapes(private_data, request.param)
+
+
+@pytest.fixture(scope="session")
+def shapes_results(any_shapes_run: ShapesRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Score a shapes captioner on its test split by the real command line; returns the folder of the results."""
     output = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "capgen_utils", "evaluate", "--bundle", str(shapes_run.bundle)]
+    command = [sys.executable, "-m", "capgen_utils", "evaluate", "--bundle", str(any_shapes_run.bundle)]
     done = subprocess.run(
         [*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
@@ -103,7 +119,7 @@ def shapes_evaluation(shapes_run: ShapesRun, tmp_path_factory: pytest.TempPathFa
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the tests that may wait for the training run the time for it."""
     for item in items:
-        if "shapes_run" in getattr(item, "fixturenames", ()):
+        if {"shapes_run", "any_shapes_run"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(TRAINING_LIMIT))

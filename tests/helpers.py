@@ -115,7 +115,8 @@ def tiny_encoder(width: int = 12, size: int = 24, seed: int = 0) -> Encoder:
 TINY_SIZES: dict[str, Any] = {
     "img_size": 24, "seq_len": 16, "d_model": 32, "n_decode": 2, "n_head": 4, "fc_dim": 64, "dropout": 0.0,
     "word_dropout": 0.0, "embed_size": 32, "hidden_size": 32, "attention_size": 16, "num_layers": 2,
-    "tower_layers": 2, "tower_width": 32, "tower_heads": 4, "tower_positions": 20, "n_embd": 32, "n_layer": 2, "n_positions": 20,
+    "tower_layers": 2, "tower_width": 32, "tower_heads": 4, "tower_positions": 20,
+    "n_embd": 32, "n_layer": 2, "n_positions": 20,
 }  # fmt: skip
 
 
@@ -123,7 +124,10 @@ TINY_SIZES: dict[str, Any] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "show_tell, pooled": ("show_tell", {"image": "pooled"}),
     "clip_prefix, tower": ("clip_prefix", {"text_inputs": "tower"}),
-}
+    "clip_gpt2, no gate": (
+        "clip_gpt2", {"gate": False, "reduction": 2, "image_positions": True, "gradient_checkpointing": True},
+    ),
+}  # fmt: skip
 
 
 def tiny_config(model: str = "transformer", **changes: Any) -> Any:
@@ -158,7 +162,7 @@ def tiny_model(
                 parameter.mul_(4)
             elif name == "norm.weight":
                 parameter.mul_(3)
-            elif name.endswith(("wte.weight", "head.weight")):  # GPT-2 begins with small numbers
+            elif name.endswith(("wte.weight", "wpe.weight", "head.weight")):  # GPT-2 begins with small numbers
                 parameter.mul_(10)
             elif name.endswith(".gate"):  # and looks at no image at first
                 parameter.fill_(1.0)

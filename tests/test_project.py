@@ -25,7 +25,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Ground floor first. A module imports from lower floors and from what stands to its left on its own.
 FLOORS = [
     ["compat", "files", "tensors", "machine", "config", "presets"],
-    ["hub", "images", "treebank", "text", "twins", "bpe_files", "bpe", "scenes", "shapes", "datasets", "metrics", "baselines"],
+    ["hub", "images", "treebank", "text", "twins", "bpe_files", "bpe", "scenes", "shapes", "datasets", "metrics"]
+    + ["baselines"],
     ["encoders", "dual_encoder", "features", "decoding"],
     ["models"],
     ["checkpoint", "batches", "training", "pretraining", "contrastive", "language", "recipes"],

@@ -1,6 +1,28 @@
-"""Scores of generated captions, and what they hide."""
+"""Scores of generated captions, how sure they are, and what they hide."""
 
-from capgen_utils.metrics.diversity import diversity
-from capgen_utils.metrics.scores import BLEU_PROTOCOL, PROTOCOLS, Statistics, bleu, cider, cider_d, rouge_l, score
+from capgen_utils.metrics.bootstrap import Difference, Interval, intervals, paired_bootstrap, score_with_intervals
+from capgen_utils.metrics.clipscore import clip_score, ref_clip_score
+from capgen_utils.metrics.diagnosis import Finding, diagnose
+from capgen_utils.metrics.diversity import diversity, mutual_bleu, originality
+from capgen_utils.metrics.formats import load_captions, load_references
+from capgen_utils.metrics.judgement import agreement, agreement_table, judged_pairs, read_judgements
+from capgen_utils.metrics.meteor import Meteor, find_wordnet, has_meteor_java, meteor_java, meteor_nltk
+from capgen_utils.metrics.protocol import labels
+from capgen_utils.metrics.scores import (
+    BLEU_PROTOCOL,
+    PROTOCOLS,
+    Statistics,
+    bleu,
+    cider,
+    cider_d,
+    rouge_l,
+    score,
+)
 
-__all__ = ["BLEU_PROTOCOL", "PROTOCOLS", "Statistics", "bleu", "cider", "cider_d", "diversity", "rouge_l", "score"]
+__all__ = [
+    "BLEU_PROTOCOL", "PROTOCOLS", "Difference", "Finding", "Interval", "Meteor", "Statistics", "agreement",
+    "agreement_table", "bleu", "cider", "cider_d", "clip_score", "diagnose", "diversity", "find_wordnet",
+    "has_meteor_java", "intervals", "judged_pairs", "labels", "load_captions", "load_references", "meteor_java",
+    "meteor_nltk", "mutual_bleu", "originality", "paired_bootstrap", "read_judgements", "ref_clip_score", "rouge_l",
+    "score", "score_with_intervals",
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from scipy import sparse
@@ -10,9 +11,10 @@ from capgen_utils.files import CapGenError
 from capgen_utils.text import tokenise
 
 ORDERS = (1, 2, 3, 4)
+Words = Sequence[Sequence[str]]
 
 
-def count_ngrams(captions: Sequence[Sequence[str]]) -> list[sparse.csr_array]:
+def count_ngrams(captions: Words) -> list[sparse.csr_array]:
     """Count the n-grams of captions.
 
     Args:
@@ -70,7 +72,7 @@ class Compared:
         hypotheses: the words of each generated caption.
         references: for each image the words of each human caption.
         spoken: for n = 1 to 4 counts (I, G) of the hypotheses.
-        human: for n = 1 to 4 a list of K matrices (I, G): counts of each image's k-th reference, zeros where it has none.
+        human: for n = 1 to 4 K matrices (I, G): counts of each image's k-th reference, zeros where it has none.
     """
 
     images: list[str]
@@ -90,8 +92,29 @@ class Compared:
         images = sorted(hypotheses)
         said = [tokenise(hypotheses[image]) for image in images]
         written = [[tokenise(caption) for caption in references[image]] for image in images]
-        size, most = len(images), max(map(len, written))
-        kth = [captions[k] if k < len(captions) else [] for k in range(most) for captions in written]
-        counts = count_ngrams([*said, *kth])
-        human = [[matrix[size * k : size * (k + 1)] for k in range(1, most + 1)] for matrix in counts]
-        return cls(images, said, written, [matrix[:size] for matrix in counts], human)
+        return cls(images, said, written, *count_both(said, written))
+
+
+def count_both(said: Words, written: Sequence[Words]) -> tuple[list[sparse.csr_array], list[list[sparse.csr_array]]]:
+    """Count generated and human captions over the same n-grams.
+
+    Args:
+        said: S captions as words.
+        written: for each of I images its human captions as words; K is the most that one has.
+
+    Returns:
+        For n = 1 to 4 counts (S, G) of what was said, and K matrices (I, G) of each image's k-th human caption.
+    """
+    size, most = len(written), max(map(len, written))
+    kth = [captions[k] if k < len(captions) else () for k in range(most) for captions in written]
+    spoken, human = [], []
+    for matrix in count_ngrams([*said, *kth]):
+        spoken.append(matrix[: len(said)])
+        rest = matrix[len(said) :]
+        human.append([rest[size * k : size * (k + 1)] for k in range(most)])
+    return spoken, human
+
+
+def highest(counts: Sequence[sparse.csr_array]) -> sparse.csr_array:
+    """Return how often each n-gram stands in the reference of the image that holds it most often, (I, G)."""
+    return reduce(lambda most, other: most.maximum(other), counts)

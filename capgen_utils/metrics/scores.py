@@ -4,14 +4,14 @@ Every score is times 100: 100 is the best of BLEU and ROUGE-L, 1,000 that of CID
 as "CIDEr" is CIDEr-D.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
 from capgen_utils.files import CapGenError
-from capgen_utils.metrics.ngrams import ORDERS, Compared
+from capgen_utils.metrics.ngrams import ORDERS, Compared, highest
 
 Captions = Mapping[str, str]
 References = Mapping[str, Sequence[str]]
@@ -67,7 +67,9 @@ class Statistics:
         means = {"ROUGE-L": _rouge_l(compared), "CIDEr-D": cider_d, "CIDEr": cider}
         for name, scores in (extra or {}).items():
             if set(scores) != set(hypotheses):
-                raise CapGenError(f"{name} was computed for other images", "compute it for the captions that are scored")
+                raise CapGenError(
+                    f"{name} was computed for other images", "compute it for the captions that are scored"
+                )
             means[name] = np.array([scores[image] for image in compared.images])
         return cls(compared.images, _bleu(compared), means)
 
@@ -145,17 +147,19 @@ def _bleu(compared: Compared) -> np.ndarray:
     """Return (I, 10): words said, words of the reference closest in length, matches and n-grams said for n = 1 to 4."""
     said = np.array([len(words) for words in compared.hypotheses])
     closest = [
-        min((abs(len(words) - length), len(words)) for words in captions)[1]
-        for length, captions in zip(said.tolist(), compared.references, strict=True)
+        closest_length(len(words), map(len, captions))
+        for words, captions in zip(compared.hypotheses, compared.references, strict=True)
     ]
     matches = []
     for spoken, human in zip(compared.spoken, compared.human, strict=True):
-        most = human[0]
-        for counts in human[1:]:
-            most = most.maximum(counts)
-        matches.append(spoken.minimum(most).sum(axis=1))
+        matches.append(spoken.minimum(highest(human)).sum(axis=1))
     guesses = [np.maximum(0, said - n + 1) for n in ORDERS]
     return np.stack([said, np.array(closest), *matches, *guesses], axis=1).astype(np.float64)
+
+
+def closest_length(length: int, others: Iterable[int]) -> int:
+    """Return which of ``others`` is closest to ``length``; of two equally close ones the shorter."""
+    return min(others, key=lambda other: (abs(other - length), other))
 
 
 def bleu_of_sums(sums: np.ndarray) -> np.ndarray:
@@ -209,25 +213,32 @@ def common_lengths(words: Sequence[str], captions: Sequence[Sequence[str]]) -> l
 def _cider(compared: Compared) -> tuple[np.ndarray, np.ndarray]:
     """Return CIDEr-D and CIDEr of each image, (I,) each: the mean over references and over n = 1 to 4."""
     size = len(compared.images)
-    written = np.array([len(captions) for captions in compared.references])
-    # The reference implementation takes the number of bigrams for the length.
-    said = np.array([max(1, len(words)) for words in compared.hypotheses])
+    penalties = _length_penalties(compared)
     clipped, plain = np.zeros(size), np.zeros(size)
     for spoken, human in zip(compared.spoken, compared.human, strict=True):
-        images_with = sum((counts > 0) for counts in human)
-        documents = (images_with > 0).sum(axis=0)
+        documents = (sum(counts > 0 for counts in human) > 0).sum(axis=0)
         weights = np.log(size) - np.log(np.maximum(1, documents))
-        said_vector, said_norm = _weighted(spoken, weights)
-        for k, counts in enumerate(human):
-            vector, norm = _weighted(counts, weights)
+        said, said_norm = _weighted(spoken, weights)
+        for counts, penalty in zip(human, penalties, strict=True):
+            written, norm = _weighted(counts, weights)
             norms = said_norm * norm
             scale = np.divide(1, norms, out=np.zeros(size), where=norms > 0)
-            length = np.array([max(1, len(captions[k])) if k < len(captions) else 0 for captions in compared.references])
-            penalty = np.exp(-((said - length) ** 2) / (2 * _SIGMA**2))
-            plain += said_vector.multiply(vector).sum(axis=1) * scale
-            clipped += said_vector.minimum(vector).multiply(vector).sum(axis=1) * scale * penalty
-    factor = 1000 / (len(ORDERS) * written)  # the measure is times 10 by definition, and times 100 as all scores here
+            plain += said.multiply(written).sum(axis=1) * scale
+            clipped += said.minimum(written).multiply(written).sum(axis=1) * scale * penalty
+    references = np.array([len(captions) for captions in compared.references])
+    factor = 1000 / (len(ORDERS) * references)  # the measure is times 10 by definition, and times 100 as all scores
     return clipped * factor, plain * factor
+
+
+def _length_penalties(compared: Compared) -> list[np.ndarray]:
+    """Return for each k the factor (I,) by which a caption as long as this loses against the k-th reference."""
+    # As in the reference implementation a caption is as long as it has bigrams.
+    said = np.array([max(1, len(words)) for words in compared.hypotheses])
+    result = []
+    for k in range(len(compared.human[0])):
+        length = [max(1, len(captions[k])) if k < len(captions) else 0 for captions in compared.references]
+        result.append(np.exp(-((said - np.array(length)) ** 2) / (2 * _SIGMA**2)))
+    return result
 
 
 def _weighted(counts: sparse.csr_array, weights: np.ndarray) -> tuple[sparse.csr_array, np.ndarray]:

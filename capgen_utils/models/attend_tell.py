@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from capgen_utils.config import AttendTellConfig
 from capgen_utils.models.base import IGNORED, CaptionModel, Memory, SharedState, caption_loss
-from capgen_utils.models.layers import dropout, grid_sinusoids, hide_words
+from capgen_utils.models.layers import dropout, hide_words
+from capgen_utils.tensors import grid_sinusoids
 
 
 @dataclass

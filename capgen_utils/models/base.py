@@ -156,6 +156,59 @@ class Memory:
         return replace(self, **{name: tensor.index_select(self.axis, rows) for name, tensor in self.tensors().items()})
 
 
+class KeyValues:
+    """Keys and values of the T tokens that M hypotheses have read, in one block of memory for each layer.
+
+    There is room for some more tokens, so that a new one is written in place and the old ones stay where they are;
+    reordering copies them once. The states before and after a token share a block: where a state is continued a
+    second time, that continuation gets a block of its own. No gradient flows back through a cache.
+    """
+
+    room = 8  # more tokens that a new block can take
+
+    def __init__(self, blocks: list[Tensor], length: int) -> None:
+        self.blocks, self.length = blocks, length
+        self._written = [length]  # tokens in the blocks, known to all states that share them
+
+    @classmethod
+    def new(cls, like: Tensor, layers: int, rows: int, heads: int, width: int) -> "KeyValues":
+        """Return an empty cache for M = ``rows`` hypotheses with the dtype and device of ``like``."""
+        return cls([like.new_empty(rows, cls.room, 2, heads, width) for _ in range(layers)], 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.blocks[0].device
+
+    def longer(self) -> "KeyValues":
+        """Return the cache of one token more, for ``put`` to fill in."""
+        if self._written[0] != self.length or self.length == self.blocks[0].shape[1]:
+            return self.select(None).longer()
+        after = KeyValues(self.blocks, self.length + 1)
+        after._written = self._written
+        after._written[0] += 1
+        return after
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest token's (M, heads, 1, width) and return those of all T: (M, heads, T, width)."""
+        block = self.blocks[layer]
+        block[:, self.length - 1, 0], block[:, self.length - 1, 1] = key[:, :, 0].detach(), value[:, :, 0].detach()
+        read = block[:, : self.length].transpose(1, 3)  # (M, heads, 2, T, width)
+        return read[:, :, 0], read[:, :, 1]
+
+    def select(self, rows: Tensor | None) -> "KeyValues":
+        """Return the cache of hypotheses ``rows`` (M',), or a copy of all, with room again."""
+        blocks, length = [], self.length
+        for old in self.blocks:
+            block = old.new_empty(old.shape[0] if rows is None else len(rows), length + self.room, *old.shape[2:])
+            if rows is None:
+                block[:, :length] = old[:, :length]
+            else:
+                torch.index_select(old[:, :length], 0, rows, out=block[:, :length])
+            blocks.append(block)
+        return KeyValues(blocks, length)
+
+
 @dataclass
 class SharedState:
     """What decoding carries: the images' memory, shared, and what each of M hypotheses has for itself.
@@ -163,15 +216,15 @@ class SharedState:
     Attributes:
         memory: of B images; never copied for a hypothesis.
         image: (M,), the row of ``memory`` of each hypothesis.
-        cache: tensors (layers, M, ...), such as the keys and values of the tokens read so far.
+        cache: tensors (layers, M, ...), or keys and values of the tokens read so far.
     """
 
     memory: Any
     image: Tensor
-    cache: tuple[Tensor, ...]
+    cache: tuple[Any, ...]
 
     @classmethod
-    def new(cls, memory: Any, *cache: Tensor) -> Self:
+    def new(cls, memory: Any, *cache: Tensor | KeyValues) -> Self:
         """Return the state before the first token, one hypothesis an image."""
         return cls(memory, torch.arange(memory.images, device=cache[0].device), cache)
 
@@ -180,7 +233,7 @@ class SharedState:
         """The grouping of ``image``, kept while the set of hypotheses stays the same."""
         return Grouping(self.image, self.memory.images)
 
-    def after(self, *cache: Tensor) -> Self:
+    def after(self, *cache: Tensor | KeyValues) -> Self:
         """Return the state of the same hypotheses one token later."""
         state = replace(self, cache=cache)
         if "grouping" in vars(self):
@@ -197,7 +250,8 @@ class SharedState:
         present = torch.unique(image)
         if 2 * len(present) <= memory.images:
             memory, image = memory.select(present), torch.searchsorted(present, image)
-        state = replace(self, memory=memory, image=image, cache=tuple(tensor[:, rows] for tensor in self.cache))
+        cache = tuple(c.index_select(1, rows) if isinstance(c, Tensor) else c.select(rows) for c in self.cache)
+        state = replace(self, memory=memory, image=image, cache=cache)
         if "grouping" in vars(self) and memory is self.memory and torch.equal(image, self.image):
             state.grouping = self.grouping
         return state

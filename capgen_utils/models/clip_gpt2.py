@@ -13,19 +13,19 @@ from capgen_utils.compat import import_torchvision
 from capgen_utils.config import ClipGpt2Config
 from capgen_utils.files import CapGenError
 from capgen_utils.models.base import CaptionModel, Grouping, SharedState
-from capgen_utils.models.layers import attend, attend_images, dropout, grid_sinusoids, hide_words
+from capgen_utils.models.layers import attend, attend_images, dropout, hide_words
+from capgen_utils.tensors import grid_sinusoids
 from capgen_utils.models.transformer import TransformerMemory
-
-INITIAL_STD = 0.02  # of GPT-2's own weights
 
 
 def gpt2_config(config: ClipGpt2Config, vocabulary_size: int, **more: Any) -> Any:
-    """Return the library's ``GPT2Config``; ``more`` are fields of it."""
+    """Return the library's ``GPT2Config``; ``more`` are fields of it, such as ``eos_token_id``."""
     import_torchvision()
     from transformers import GPT2Config
 
-    sizes = {key: getattr(config, key) for key in ("n_embd", "n_layer", "n_head", "n_positions")}
-    return GPT2Config(vocab_size=vocabulary_size, **sizes, **more)
+    fields = {key: getattr(config, key) for key in ("n_embd", "n_layer", "n_head", "n_positions")}
+    fields |= {"bos_token_id": None, "eos_token_id": None} | more
+    return GPT2Config(vocab_size=vocabulary_size, **fields)
 
 
 class Gpt2Decoder(CaptionModel):
@@ -148,8 +148,8 @@ class ImageAttention(nn.Module):
     """The caption's half of one injected cross-attention; the image's half is computed once for all layers.
 
     Args:
-        config: hyperparameters. Without a gate the output starts small, as GPT-2's own layers do; with one it adds
-            nothing until training opens the gate.
+        config: hyperparameters. Without a gate the output starts small, so that the sum of all layers does too; with
+            one it adds nothing until training opens the gate.
     """
 
     def __init__(self, config: ClipGpt2Config) -> None:
@@ -162,7 +162,7 @@ class ImageAttention(nn.Module):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
         if not config.gate:
-            nn.init.normal_(self.out.weight, std=INITIAL_STD * (3 * config.n_layer) ** -0.5)
+            nn.init.normal_(self.out.weight, std=(3 * config.n_layer * width) ** -0.5)
 
     def opened(self, x: Tensor) -> Tensor:
         """Multiply what was read by tanh(gate), where there is a gate."""
@@ -191,6 +191,7 @@ class ClipGpt2Captioner(Gpt2Decoder):
         super().__init__(config, vocabulary_size, unk_id)
         positions, depth = feature_shape
         if config.image_positions:
+            self.image_projection, depth = nn.Linear(depth, config.n_embd), config.n_embd
             self.image_norm = nn.LayerNorm(depth)
             self.image_position = nn.Parameter(grid_sinusoids(positions, depth))
         self.cross = nn.ModuleList(ImageAttention(config) for _ in range(config.n_layer))
@@ -216,8 +217,9 @@ class ClipGpt2Captioner(Gpt2Decoder):
 
     def encode(self, features: Tensor) -> TransformerMemory:
         """(B, N, D) grid features -> keys and values of every layer."""
-        x = self.image_norm(features) + self.image_position if self.config.image_positions else features
-        keys_values = self.cross_keys_values(dropout(x, self.config.dropout, self.training))
+        if self.config.image_positions:
+            features = self.image_norm(self.image_projection(features)) + self.image_position
+        keys_values = self.cross_keys_values(dropout(features, self.config.dropout, self.training))
         keys_values = keys_values.unflatten(-1, (2, self.config.n_layer, self.config.n_head, -1))
         keys, values = keys_values.permute(2, 3, 0, 4, 1, 5)  # each (layers, B, heads, N, width)
         return TransformerMemory(keys, values)

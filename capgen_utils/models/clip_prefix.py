@@ -12,7 +12,8 @@ from capgen_utils.compat import import_torchvision
 from capgen_utils.config import ClipPrefixConfig
 from capgen_utils.files import CapGenError
 from capgen_utils.models.base import CaptionModel, Memory, SharedState
-from capgen_utils.models.layers import DecoderLayer, attend, dropout, hide_words, sinusoids
+from capgen_utils.models.layers import DecoderLayer, attend, dropout, hide_words
+from capgen_utils.tensors import sinusoids
 
 
 @dataclass

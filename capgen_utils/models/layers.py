@@ -1,6 +1,5 @@
 """What several captioners are made of: attention and dropout, written for CPUs too, and the transformer's layer."""
 
-import math
 from typing import Protocol
 
 import torch
@@ -83,22 +82,6 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with elements dropped while training."""
         return dropout(x, self.probability, self.training)
-
-
-def sinusoids(places: Tensor, width: int) -> Tensor:
-    """Sines and cosines of ``places`` (N,) at wavelengths from 2 pi to 10000 x 2 pi: (N, width)."""
-    rates = 10000 ** (-torch.arange(0, width, 2) / width)
-    angles = places[:, None] * rates  # (N, width / 2)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
-
-
-def grid_sinusoids(positions: int, width: int) -> Tensor:
-    """Sines and cosines of row and column, half of the width each, for a square grid; one axis for any other."""
-    side = math.isqrt(positions)
-    if side * side != positions:
-        return sinusoids(torch.arange(positions), width)
-    row, column = torch.arange(positions) // side, torch.arange(positions) % side
-    return torch.cat([sinusoids(row, width // 2), sinusoids(column, width - width // 2)], dim=1)
 
 
 class DecoderSizes(Protocol):

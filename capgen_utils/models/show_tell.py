@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from capgen_utils.config import ShowTellConfig
 from capgen_utils.files import CapGenError
 from capgen_utils.models.base import CaptionModel, Memory, SharedState
-from capgen_utils.models.layers import dropout, grid_sinusoids, hide_words
+from capgen_utils.models.layers import dropout, hide_words
+from capgen_utils.tensors import grid_sinusoids
 
 
 @dataclass

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from capgen_utils.config import TransformerConfig
 from capgen_utils.files import CapGenError
-from capgen_utils.models.base import CaptionModel, Grouping, Memory, SharedState
-from capgen_utils.models.layers import DecoderLayer, dropout, grid_sinusoids, hide_words, sinusoids
+from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, Memory, SharedState
+from capgen_utils.models.layers import DecoderLayer, dropout, hide_words
+from capgen_utils.tensors import grid_sinusoids, sinusoids
 
 
 @dataclass
@@ -111,23 +112,21 @@ class TransformerCaptioner(CaptionModel):
     def start(self, memory: TransformerMemory) -> SharedState:
         """The state before the first token, one hypothesis an image."""
         layers, images, heads, _, width = memory.keys.shape
-        empty = memory.keys.new_zeros(layers, images, heads, 0, width)
-        return SharedState.new(memory, empty, empty)
+        return SharedState.new(memory, KeyValues.new(memory.keys, layers, images, heads, width))
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
         """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
-        old_keys, old_values = state.cache
-        x = self.embed(tokens)[:, None] + self.position[old_keys.shape[3]]  # (M, 1, d_model)
-        keys, values, weights = [], [], {}
+        cache = state.cache[0].longer()
+        x = self.embed(tokens)[:, None] + self.position[cache.length - 1]  # (M, 1, d_model)
+        weights = {}
         for i, layer in enumerate(self.decoder_layers()):
             query, key, value = layer.project_self(x)
-            keys.append(torch.cat([old_keys[i], key], dim=2))
-            values.append(torch.cat([old_values[i], value], dim=2))
-            x = layer.add_self(x, query, keys[i], values[i], causal=False)
+            keys, values = cache.put(i, key, value)
+            x = layer.add_self(x, query, keys, values, causal=False)
             x, looked = layer.add_cross(x, state.memory.keys[i], state.memory.values[i], state.grouping, attention)
             x = layer.add_feed(x)
             if looked is not None:
                 weights[f"layer{i}"] = looked[:, :, 0]
-        return self.logits(x[:, 0]), state.after(torch.stack(keys), torch.stack(values)), weights
+        return self.logits(x[:, 0]), state.after(cache), weights

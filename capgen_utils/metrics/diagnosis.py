@@ -1,0 +1,120 @@
+"""What is wrong with a system's captions, by name: collapse, truncation, looping, copying."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from capgen_utils.metrics.protocol import FEWEST, REPEATED, most_repeated
+from capgen_utils.text import tokenise
+
+CUT = 0.03  # share of captions without an end above which they count as truncated
+LOOPING = 0.02
+COPIED = 0.5
+# No caption ends with one of these; people's do once in a thousand.
+_NEVER_LAST = {
+    "a", "an", "the", "of", "with", "and", "or", "but", "from", "his", "her", "their", "its", "is", "are", "into", "to",
+    "at", "by", "as",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        name: ``collapse``, ``truncation``, ``looping`` or ``copying``.
+        share: of the captions, in percent.
+        text: what was seen, with an example.
+        remedy: where the cause usually lies.
+    """
+
+    name: str
+    share: float
+    text: str
+    remedy: str
+
+
+def diagnose(
+    captions: Mapping[str, str],
+    ended: Mapping[str, bool] | None = None,
+    training: Iterable[str] | None = None,
+) -> list[Finding]:
+    """Name what is wrong with captions.
+
+    Args:
+        captions: image -> generated caption.
+        ended: image -> whether the caption came to its end token; without it, captions that stop at a word that
+            ends no sentence ("a", "with") are taken for cut off.
+        training: every training caption; without them copying is not looked for.
+
+    Returns:
+        One finding for each thing that concerns too many captions; empty if all is well.
+    """
+    words = {image: tokenise(caption) for image, caption in captions.items()}
+    found = [_collapse(captions), _truncation(words, ended), _looping(words)]
+    if training is not None:
+        found.append(_copying(words, training))
+    return [finding for finding in found if finding is not None]
+
+
+def _collapse(captions: Mapping[str, str]) -> Finding | None:
+    caption, count = most_repeated(captions)
+    if count < FEWEST or count <= REPEATED * len(captions):
+        return None
+    return Finding(
+        "collapse",
+        100 * count / len(captions),
+        f"{caption[:80]!r} is said of {count:,} of {len(captions):,} images",
+        "the captioner does not see its images: compare its preprocessing in training and now, and the scores of the "
+        "same captions on the wrong images; or it was trained too short",
+    )
+
+
+def _truncation(words: Mapping[str, Sequence[str]], ended: Mapping[str, bool] | None) -> Finding | None:
+    if ended is None:
+        cut = [image for image, caption in words.items() if caption and caption[-1] in _NEVER_LAST]
+    else:
+        cut = [image for image in words if not ended.get(image, True)]
+    if len(cut) <= CUT * len(words):
+        return None
+    return Finding(
+        "truncation",
+        100 * len(cut) / len(words),
+        f"{len(cut):,} of {len(words):,} captions stop before their end: {_shown(words[cut[0]])}",
+        "let decoding write more words; if the end token never comes, look whether the loss leaves it out",
+    )
+
+
+def _looping(words: Mapping[str, Sequence[str]]) -> Finding | None:
+    loops = [image for image, caption in words.items() if any(_loops(caption))]
+    if len(loops) <= LOOPING * len(words):
+        return None
+    return Finding(
+        "looping",
+        100 * len(loops) / len(words),
+        f"{len(loops):,} of {len(words):,} captions say the same twice in a row: {_shown(words[loops[0]])}",
+        "forbid repeated n-grams while decoding, or train longer",
+    )
+
+
+def _loops(caption: Sequence[str]) -> Iterator[bool]:
+    """Yield for each place whether one to four words from there are said again at once."""
+    for size in (1, 2, 3, 4):
+        for i in range(len(caption) - 2 * size + 1):
+            yield caption[i : i + size] == caption[i + size : i + 2 * size]
+
+
+def _copying(words: Mapping[str, Sequence[str]], training: Iterable[str]) -> Finding | None:
+    read = {tuple(tokenise(caption)) for caption in training}
+    copied = [image for image, caption in words.items() if tuple(caption) in read]
+    if len(copied) <= COPIED * len(words):
+        return None
+    return Finding(
+        "copying",
+        100 * len(copied) / len(words),
+        f"{len(copied):,} of {len(words):,} captions are word for word training captions: {_shown(words[copied[0]])}",
+        "the captioner recites: train it shorter, or on more captions, or with more dropout",
+    )
+
+
+def _shown(caption: Sequence[str]) -> str:
+    return repr(" ".join(caption)[:80])
