@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "results"
 PICTURED = "dog_panting.jpg"
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def read(name: str) -> Any:
     """Return the results file ``results/NAME.json``."""
-    return json.loads((REPOSITORY / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def row(*cells: Any) -> str:
@@ -29,47 +30,71 @@ def setting(facts: Mapping[str, Any]) -> str:
     return f"{where}, torch {versions['torch']}, Python {facts['python']}"
 
 
+def systems(dataset: str) -> list[tuple[str, Any]]:
+    """Return the models whose results on ``dataset`` are there, in the order of the course, with their results."""
+    from capgen_utils.presets import PRESETS
+
+    names = [name for name in PRESETS[dataset].models if (RESULTS / f"{dataset}_{name}.json").is_file()]
+    return [(name, read(f"{dataset}_{name}")) for name in names]
+
+
+def minutes(run: Mapping[str, Any] | None) -> str:
+    """Say how long a training run took."""
+    return f"{run['minutes']:.1f} min" if run else "-"
+
+
 def flickr8k() -> str:
     """The scores on real photographs, with their protocol."""
-    result = read("flickr8k_transformer")
-    scores, rules = result["scores"], result["protocol"]
-    decoding, training = rules["decoding"], result["training_run"]
+    found = systems("flickr8k")
     lines = [
-        row("captioner", "encoder", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "distinct captions", "training"),
-        row(*["---"] * 8),
-        row(
-            f"transformer, {result['parameters'] / 1e6:.1f} M parameters",
-            rules["encoder"],
-            *(f"{scores[f'BLEU-{n}']:.1f}" for n in (1, 2, 3, 4)),
-            f"{scores['distinct']:.0f} of {rules['images']}",
-            f"{training['minutes']:.0f} minutes",
-        ),
+        row("captioner", "parameters", "encoder", "BLEU-1", "BLEU-4", "distinct captions", "training"),
+        row(*["---"] * 7),
+    ]
+    for name, result in found:
+        scores, rules = result["scores"], result["protocol"]
+        lines.append(
+            row(
+                f"`{name}`", f"{result['parameters'] / 1e6:.1f} M", rules["encoder"],
+                *(f"{scores[f'BLEU-{n}']:.1f}" for n in (1, 4)),
+                f"{scores['distinct']:.0f} of {rules['images']}", minutes(result["training_run"]),
+            )  # fmt: skip
+        )
+    rules = found[0][1]["protocol"]
+    decoding = {(r["protocol"]["decoding"]["beam"], r["protocol"]["decoding"]["length_penalty"]) for _, r in found}
+    wrong = [result["scores"]["BLEU-4 on the wrong images"] for _, result in found]
+    lines += [
         "",
         f"Protocol: {rules['dataset']}, official {rules['split']} split, {rules['images']} images, "
-        f"{rules['references']} references; BLEU x 100, {rules['BLEU']}; beam {decoding['beam']}, length penalty "
-        f"{decoding['length_penalty']}. The same captions on the wrong images score "
-        f"{scores['BLEU-4 on the wrong images']:.1f} BLEU-4. Trained and scored on: {setting(result['machine'])}.",
+        f"{rules['references']} references; BLEU x 100, {rules['BLEU']}; "
+        + ", ".join(f"beam {beam}, length penalty {penalty}" for beam, penalty in sorted(decoding))
+        + f". The same captions on the wrong images score {min(wrong):.1f} to {max(wrong):.1f} BLEU-4. Trained and "
+        f"scored on: {setting(found[0][1]['machine'])}.",
     ]
     return "\n".join(lines)
 
 
 def shapes() -> str:
-    """The truth of captions on drawn scenes."""
-    result = read("shapes_transformer")
-    scores = result["scores"]
-    rows = [
-        ("captions that are true of their scene", "true"),
-        ("the same captions, true of another scene", "true_shuffled"),
-        ("true where the scene holds a colour and shape never seen together", "true_novel"),
-        ("scenes of two or three shapes with a right relation", "relation_right"),
+    """The truth of captions on drawn scenes, and what each captioner costs."""
+    found = systems("shapes")
+    columns = {
+        "true": "true", "true_shuffled": "true of another scene", "true_novel": "true, unseen pairs",
+        "relation_right": "relation right",
+    }  # fmt: skip
+    lines = [
+        row("captioner", "parameters", *columns.values(), "distinct captions", "training"),
+        row(*["---"] * (len(columns) + 4)),
     ]
-    lines = [row("on `shapes`, test split", "share"), row("---", "---")]
-    lines += [row(text, f"{100 * scores[key]:.1f} %") for text, key in rows]
-    lines += [
-        row("distinct captions", f"{scores['distinct']:.0f} of {result['protocol']['images']}"),
-        row("training of the captioner", f"{result['training_run']['minutes']:.1f} minutes"),
-        row("pre-training of its encoder, once", f"{result['pretraining_run']['minutes']:.1f} minutes"),
-    ]
+    for name, result in found:
+        scores = result["scores"]
+        lines.append(
+            row(
+                f"`{name}`", f"{result['parameters'] / 1e6:.1f} M",
+                *(f"{100 * scores[key]:.1f} %" for key in columns),
+                f"{scores['distinct']:.0f} of {result['protocol']['images']}", minutes(result["training_run"]),
+            )  # fmt: skip
+        )
+    pretraining = next(r["pretraining_run"] for _, r in found if r["protocol"]["encoder"] == "shapes_cnn")
+    lines += ["", f"Pre-training of the encoder, once for all: {minutes(pretraining)}."]
     return "\n".join(lines)
 
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(REPOSITORY))
 from capgen_utils.config import choose_device, choose_dtype  # noqa: E402
 from capgen_utils.datasets import load_dataset  # noqa: E402
 from capgen_utils.files import CapGenError, write_json  # noqa: E402
-from capgen_utils.results import machine  # noqa: E402
 from capgen_utils.presets import PRESETS  # noqa: E402
+from capgen_utils.results import machine  # noqa: E402
 
 DECODED = 256  # images that are captioned for a rate of decoding
 STEPS = 40  # training steps that are timed
@@ -151,10 +151,18 @@ def bench_decoding() -> dict[str, Any]:
     return rates
 
 
+def bench_library() -> dict[str, Any]:
+    """Captions per second beside the library's ``generate``."""
+    from benchmarks.decoding import bench_library
+
+    return bench_library()
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "extraction": bench_extraction,
     "training": bench_training,
     "decoding": bench_decoding,
+    "library": bench_library,
 }
 
 

@@ -26,7 +26,8 @@ More = Callable[[Captions, References], Mapping[str, Mapping[str, float]]]
 def best_constant(training: References) -> str:
     """Return the caption that, said of every image, has the highest corpus BLEU-4 against the training captions.
 
-    All captions are tried; BLEU's sums follow from how many images hold an n-gram, so this takes seconds.
+    All captions are tried, and of equal ones the first in the alphabet is taken. BLEU's sums follow from how many
+    images hold an n-gram, so this takes seconds.
 
     Args:
         training: image -> its human captions. Never those of the split that is scored.

@@ -1,14 +1,15 @@
 """``Captioner``: the one object that turns images into captions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from capgen_utils.checkpoint import Bundle, load_bundle
+from capgen_utils.checkpoint import Bundle, load_bundle, require_scorer
 from capgen_utils.config import DecodingConfig, choose_device
 from capgen_utils.decoding import (
     DecodingOptions,
@@ -22,11 +23,13 @@ from capgen_utils.decoding import (
     with_options,
     word_attention,
 )
+from capgen_utils.dual_encoder import DualEncoder
 from capgen_utils.encoders import Encoder
 from capgen_utils.features import encode_images
 from capgen_utils.files import CapGenError
 from capgen_utils.images import ImageLike, is_many, open_image
 from capgen_utils.machine import REPOSITORY
+from capgen_utils.rerank import best_first, fit, shared_sight, temperatures_of
 
 DEFAULT_BUNDLE = REPOSITORY / "data" / "bundles" / "flickr8k_transformer"
 
@@ -38,14 +41,16 @@ class Candidate:
     Attributes:
         text: the caption.
         log_probability: natural logarithm under the captioner, summed over its tokens.
-        score: what candidates are ranked by.
+        score: what candidates are ranked by, unless a CLIP chose among them.
         temperature: what it was drawn at; 0 where it was searched for.
+        clip_score: cosine of image and caption, where a CLIP chose among them: the higher the better it fits.
     """
 
     text: str
     log_probability: float
     score: float
     temperature: float = 0.0
+    clip_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,19 @@ class Caption:
     candidates: tuple[Candidate, ...]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How the captions of an image are found, and who chooses among them."""
+
+    decoding: DecodingConfig
+    temperatures: tuple[float, ...] | None = None
+    scorer: DualEncoder | None = None
+
+    @property
+    def draws(self) -> bool:
+        return any(self.temperatures or (self.decoding.temperature,))
+
+
 class Captioner:
     """Captions photographs with a trained bundle.
 
@@ -74,8 +92,16 @@ class Captioner:
     >>> captioner.caption("data/photos/cat.jpg")[0].text  # doctest: +SKIP
     """
 
-    def __init__(self, bundle: Bundle, encoder: Encoder, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        encoder: Encoder,
+        device: torch.device | None = None,
+        scorer: DualEncoder | None = None,
+        encoder_weights: Path | None = None,
+    ) -> None:
         self.device = device or choose_device()
+        self._given_scorer, self._weights = scorer, encoder_weights
         self.bundle, self.encoder = bundle, encoder.to(self.device)
         self.model = bundle.model.to(self.device).eval()
         self.tokenizer = bundle.tokenizer
@@ -83,7 +109,11 @@ class Captioner:
 
     @classmethod
     def from_bundle(
-        cls, path: str | Path | None = None, device: str = "auto", encoder_weights: Path | None = None
+        cls,
+        path: str | Path | None = None,
+        device: str = "auto",
+        encoder_weights: Path | None = None,
+        scorer: str | Path | None = None,
     ) -> "Captioner":
         """Load a bundle and its encoder.
 
@@ -91,15 +121,36 @@ class Captioner:
             path: the bundle's folder; by default the trained one that ships with CapGen.
             device: ``auto``, ``cpu``, ``cuda``, ``mps``.
             encoder_weights: a local weights file of the encoder, where its own cannot be downloaded.
+            scorer: folder of a CLIP that can choose among captions; by default the bundle's own, where it has one.
 
         Raises:
-            CapGenError: the bundle or the encoder's weights cannot be loaded; says what to do.
+            CapGenError: the bundle, the encoder's weights or the scorer cannot be loaded; says what to do.
         """
         bundle = load_bundle(Path(path) if path is not None else DEFAULT_BUNDLE)
-        return cls(bundle, bundle.build_encoder(encoder_weights), choose_device(device))
+        given = require_scorer(bundle, Path(scorer), encoder_weights) if scorer is not None else None
+        return cls(bundle, bundle.build_encoder(encoder_weights), choose_device(device), given, encoder_weights)
+
+    @cached_property
+    def scorer(self) -> DualEncoder:
+        """The CLIP that chooses among captions: the one that was given, else the bundle's.
+
+        Raises:
+            CapGenError: there is none, or it cannot be loaded.
+        """
+        return (self._given_scorer or require_scorer(self.bundle, None, self._weights)).to(self.device)
+
+    @cached_property
+    def _scorer_reads(self) -> Callable[[Tensor], Tensor] | None:
+        return shared_sight(self.scorer, self.encoder, self.model.feature)
 
     def caption(
-        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 32, **options: Unpack[DecodingOptions]
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        batch_size: int = 32,
+        rerank: bool = False,
+        temperatures: Sequence[float] | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> list[Caption]:
         """Caption one image or many.
 
@@ -108,6 +159,9 @@ class Captioner:
         Args:
             images: a path, PIL image or array (H, W, 3), or a sequence of them.
             batch_size: images that go through the networks together.
+            rerank: let the ``scorer`` choose the caption that fits the image best.
+            temperatures: what it chooses from: one caption drawn at each of these, 0 being the most likely one. By
+                default 0, 0.01, 0.1, 0.5, 0.7, 1 and 1.5, unless options ask for a beam or for samples.
             options: instead of the bundle's own decoding defaults: ``beam`` (1 is greedy search), ``max_length`` in
                 tokens, ``min_length``, ``length_penalty``, ``temperature`` (above 0 draws captions), ``top_k``,
                 ``top_p``, ``repetition_penalty``, ``no_repeat_ngram``, ``groups`` and ``diversity`` of the beam,
@@ -117,24 +171,30 @@ class Captioner:
             One ``Caption`` for each image, in their order.
 
         Raises:
-            CapGenError: an image cannot be read (names it), or the options are not possible.
+            CapGenError: an image cannot be read (names it), the options are not possible, or there is no scorer.
         """
         many: Sequence[Any] = images if is_many(images) else [images]  # type: ignore[assignment]
-        decoding = self._decoding(options)
+        plan = self._plan(options, rerank, temperatures)
         parts = (many[start : start + batch_size] for start in range(0, len(many), batch_size))
-        return [caption for part in parts for caption in self._caption_batch(part, decoding)]
+        return [caption for part in parts for caption in self._caption_batch(part, plan)]
 
     def caption_each(
-        self, paths: Sequence[Path], *, batch_size: int = 32, **options: Unpack[DecodingOptions]
+        self,
+        paths: Sequence[Path],
+        *,
+        batch_size: int = 32,
+        rerank: bool = False,
+        temperatures: Sequence[float] | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> Iterator[tuple[Path, Caption | CapGenError]]:
         """Caption many files as ``caption`` does, yielding each with its caption or the error that its image caused."""
-        decoding = self._decoding(options)
+        plan = self._plan(options, rerank, temperatures)
         for start in range(0, len(paths), batch_size):
             part = paths[start : start + batch_size]
             try:
-                captions: Sequence[Caption | CapGenError] = self._caption_batch(part, decoding)
+                captions: Sequence[Caption | CapGenError] = self._caption_batch(part, plan)
             except CapGenError:  # find the ones that are to blame
-                captions = [self._caption_or_error(path, decoding) for path in part]
+                captions = [self._caption_or_error(path, plan) for path in part]
             yield from zip(part, captions, strict=True)
 
     def attention(self, image: ImageLike, **options: Unpack[DecodingOptions]) -> tuple[Caption, dict[str, Tensor]]:
@@ -151,40 +211,66 @@ class Captioner:
         Raises:
             CapGenError: as ``caption``.
         """
-        decoding, features = self._decoding(options), self._features([image])
+        plan, features = self._plan(options), self._features([image])
         with torch.inference_mode():
             memory = self.model.encode(features.to(self.device).float())
-            found = decode(self.model, memory, 1, self.specials, decoding, self._keys([image], decoding))[0]
+            found = decode(self.model, memory, 1, self.specials, plan.decoding, self._keys([image], plan))[0]
             looked = word_attention(self.model, memory, [found[0].tokens], self.specials)[0]
         return self._result(found), looked
 
-    def _decoding(self, options: DecodingOptions) -> DecodingConfig:
-        return check_decoding(with_options(self.bundle.decoding, **options), longest_caption(self.model))
+    def _plan(
+        self, options: DecodingOptions, rerank: bool = False, temperatures: Sequence[float] | None = None
+    ) -> _Plan:
+        decoding = check_decoding(with_options(self.bundle.decoding, **options), longest_caption(self.model))
+        if rerank:
+            return _Plan(decoding, temperatures_of(temperatures, options), self.scorer)
+        if temperatures is not None:
+            raise CapGenError(
+                "captions are drawn at several temperatures for a CLIP to choose from", "ask for rerank too (--rerank)"
+            )
+        return _Plan(decoding)
 
-    def _keys(self, images: Sequence[Any], decoding: DecodingConfig) -> list[int] | None:
+    def _keys(self, images: Sequence[Any], plan: _Plan) -> list[int] | None:
         """Return what draws for each image hang on: a hash of the pixels that the encoder sees."""
-        if not decoding.temperature:
+        if not plan.draws:
             return None
         return [image_key(self.encoder.preprocessing(open_image(image), False).tobytes()) for image in images]
 
     def _features(self, images: Sequence[Any]) -> Tensor:
         return encode_images(self.encoder, images, self.bundle.extraction_dtype)[self.model.feature]
 
-    def _caption_batch(self, images: Sequence[Any], decoding: DecodingConfig) -> list[Caption]:
-        features, keys = self._features(images), self._keys(images, decoding)
-        found = decode_features(self.model, features, self.specials, decoding, keys=keys)
-        return [self._result(hypotheses) for hypotheses in found]
+    def _caption_batch(self, images: Sequence[Any], plan: _Plan) -> list[Caption]:
+        features, keys = self._features(images), self._keys(images, plan)
+        found = decode_features(
+            self.model, features, self.specials, plan.decoding, keys=keys, temperatures=plan.temperatures
+        )
+        if plan.scorer is None:
+            return [self._result(hypotheses) for hypotheses in found]
+        vectors = self._scorer_reads(features) if self._scorer_reads else self._look(plan.scorer, images)
+        texts = [[self.tokenizer.decode(h.tokens) for h in hypotheses] for hypotheses in found]
+        return [
+            self._result(hypotheses, scores)
+            for hypotheses, scores in zip(found, fit(plan.scorer, vectors, texts), strict=True)
+        ]
 
-    def _caption_or_error(self, path: Path, decoding: DecodingConfig) -> Caption | CapGenError:
+    def _look(self, scorer: DualEncoder, images: Sequence[Any]) -> Tensor:
+        return scorer.embed_images(images, self.bundle.extraction_dtype)
+
+    def _caption_or_error(self, path: Path, plan: _Plan) -> Caption | CapGenError:
         try:
-            return self._caption_batch([path], decoding)[0]
+            return self._caption_batch([path], plan)[0]
         except CapGenError as error:
             return error
 
-    def _result(self, hypotheses: Sequence[Hypothesis]) -> Caption:
-        best = hypotheses[0]
+    def _result(self, hypotheses: Sequence[Hypothesis], scores: Sequence[float] | None = None) -> Caption:
+        order = range(len(hypotheses)) if scores is None else best_first(scores)
+        best = hypotheses[order[0]]
         candidates = tuple(
-            Candidate(self.tokenizer.decode(h.tokens), h.log_probability, h.score, h.temperature) for h in hypotheses
-        )
+            Candidate(
+                self.tokenizer.decode(hypotheses[i].tokens), hypotheses[i].log_probability, hypotheses[i].score,
+                hypotheses[i].temperature, None if scores is None else scores[i],
+            )
+            for i in order
+        )  # fmt: skip
         words = tuple(self.tokenizer.words(best.tokens))
         return Caption(candidates[0].text, best.log_probability, words, best.ended, candidates)

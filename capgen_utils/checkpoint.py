@@ -81,6 +81,26 @@ class Bundle:
         return DualEncoder.from_pretrained(weights or f"openai/{name}") if name in CLIPS else None
 
 
+def require_scorer(bundle: Bundle, folder: Path | None = None, weights: Path | None = None) -> DualEncoder:
+    """Return the CLIP in ``folder``, else the bundle's own.
+
+    Args:
+        bundle: a captioner.
+        folder: what ``DualEncoder.save`` wrote.
+        weights: as in ``Bundle.build_scorer``.
+
+    Raises:
+        CapGenError: there is none, or it cannot be loaded.
+    """
+    scorer = DualEncoder.load(folder, weights) if folder is not None else bundle.build_scorer(weights)
+    if scorer is None:
+        raise CapGenError(
+            "this bundle holds no CLIP that could choose among captions",
+            "train a small one (capgen pretrain) and name its folder: scorer=FOLDER, --scorer FOLDER",
+        )
+    return scorer
+
+
 def save_bundle(
     folder: Path,
     bundle: Bundle,
@@ -179,6 +199,7 @@ def _check_info(info: Any, folder: Path) -> None:
     sizes = shape if isinstance(shape, list) else [0]
     architecture = asdict(model_config(info["model"], info["architecture"]))
     limits = {"d_model": 4096, "fc_dim": 16384, "n_decode": 64, "n_head": 256, "seq_len": 1024}
+    limits |= {"n_embd": 8192, "n_layer": 128, "n_positions": 2**16, "reduction": 1024}
     possible = (
         all(isinstance(n, int) and 0 < n <= 10**5 for n in sizes)
         and info["extraction_dtype"] in ("float32", "bfloat16", "float16")

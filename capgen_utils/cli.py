@@ -105,15 +105,34 @@ def _download(options: argparse.Namespace) -> None:
 
 
 def _add_pretrain(commands: Any) -> None:
-    parser = _command(commands, "pretrain", _pretrain, "Train a preset's own small encoder (once; it is kept).")
-    parser.add_argument("--preset", default="shapes", help="a preset whose encoder is trained here")
+    parser = _command(
+        commands,
+        "pretrain",
+        _pretrain,
+        "Train what a preset's captioners start from, once: encoder, small CLIP and language model.",
+    )
+    parser.add_argument("--preset", default="shapes", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
+    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
+    parser.add_argument(
+        "--judge", action="store_true", help="train another small CLIP too, for nothing but measuring re-ranking"
+    )
 
 
 def _pretrain(options: argparse.Namespace) -> None:
+    from capgen_utils.contrastive import pretrain_dual_encoder
+    from capgen_utils.language import MINI, pretrain_language_model
     from capgen_utils.pretraining import pretrain_encoder
 
-    print(f"the encoder is in {pretrain_encoder(get_preset(options.preset), options.data)}")
+    preset = get_preset(options.preset)
+    given = {"stem_weights": options.encoder_weights}
+    if preset.pretraining is not None and options.encoder_weights is None:
+        print(f"the encoder is in {pretrain_encoder(preset, options.data)}")
+    print(f"the small CLIP is in {pretrain_dual_encoder(preset, options.data, **given)}")
+    if preset.recipe("clip_gpt2").config.language_model == MINI:
+        print(f"the language model is in {pretrain_language_model(preset, options.data)}")
+    if options.judge:
+        print(f"the judge is in {pretrain_dual_encoder(preset, options.data, judge=True, **given)}")
 
 
 def _add_train(commands: Any) -> None:
@@ -180,7 +199,11 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where the results go")
     parser.add_argument("--name", help="of the results files (default: DATASET_MODEL)")
+    parser.add_argument(
+        "--judge", type=Path, metavar="FOLDER", help="a CLIP that chose nothing and says how well captions fit"
+    )
     _add_decoding_options(parser)
+    _add_reranking_options(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -195,7 +218,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     dataset = options.dataset or (trained_on.dataset if trained_on else "flickr8k")
     manifest = load_dataset(dataset, options.data, options.limit)
     decoding = with_options(bundle.decoding, **_decoding_options(options))
-    evaluation = evaluate(bundle, manifest, options.split, decoding, options.encoder_weights)
+    choosing = _choosing(options, bundle)
+    evaluation = evaluate(bundle, manifest, options.split, decoding, options.encoder_weights, choosing)
     name = options.name or f"{manifest.name}_{bundle.info['model']}"
     write_predictions(options.output / f"{name}_predictions.json", evaluation.captions)
     write_json(options.output / f"{name}.json", evaluation.result)
@@ -203,6 +227,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.limit:
         print("  only a part of the split was scored: these numbers compare with nothing")
     print(f"written: {options.output / f'{name}.json'} and the captions beside it")
+
+
+def _choosing(options: argparse.Namespace, bundle: Any) -> Any:
+    from capgen_utils.checkpoint import require_scorer
+    from capgen_utils.dual_encoder import DualEncoder
+    from capgen_utils.rerank import temperatures_of
+    from capgen_utils.results import Choosing
+
+    judge = DualEncoder.load(options.judge) if options.judge else None
+    if not options.rerank:
+        return Choosing(judge=judge)
+    scorer = require_scorer(bundle, options.scorer, options.encoder_weights)
+    return Choosing(scorer, temperatures_of(options.temperatures, _decoding_options(options)), judge)
 
 
 def _add_caption(commands: Any) -> None:
@@ -217,6 +254,7 @@ def _add_caption(commands: Any) -> None:
         "--json", action="store_true", help="one JSON object a line, with log-probability and candidates"
     )
     _add_decoding_options(parser)
+    _add_reranking_options(parser)
 
 
 def _caption(options: argparse.Namespace) -> int:
@@ -226,10 +264,11 @@ def _caption(options: argparse.Namespace) -> int:
     from capgen_utils.images import find_images
 
     paths = find_images(options.images)
-    captioner = Captioner.from_bundle(options.bundle, options.device, options.encoder_weights)
+    captioner = Captioner.from_bundle(options.bundle, options.device, options.encoder_weights, options.scorer)
+    choosing = {"rerank": options.rerank, "temperatures": options.temperatures}
     failed = 0
     bar = tqdm(total=len(paths), unit="img", disable=len(paths) < 10 or not sys.stderr.isatty())
-    for path, result in captioner.caption_each(paths, **_decoding_options(options)):
+    for path, result in captioner.caption_each(paths, **choosing, **_decoding_options(options)):
         bar.update()
         if isinstance(result, CapGenError):
             failed += 1
@@ -239,7 +278,8 @@ def _caption(options: argparse.Namespace) -> int:
         else:
             print(f"{path}: {result.text}" if len(paths) > 1 else result.text)
             for candidate in result.candidates[: options.candidates] if options.candidates else ():
-                print(f"  {candidate.log_probability:8.2f}  {candidate.text}")
+                fits = f"  {candidate.clip_score:5.3f}" if candidate.clip_score is not None else ""
+                print(f"  {candidate.log_probability:8.2f}{fits}  {candidate.text}")
     bar.close()
     if failed and len(paths) > 1:
         print(f"capgen: {failed} of {len(paths)} images could not be captioned", file=sys.stderr)
@@ -247,7 +287,11 @@ def _caption(options: argparse.Namespace) -> int:
 
 
 def _caption_json(path: Path, result: Any, candidates: int | None) -> str:
-    considered = [{"text": c.text, "log_probability": round(c.log_probability, 4)} for c in result.candidates]
+    considered = [
+        {"text": c.text, "log_probability": round(c.log_probability, 4)}
+        | ({} if c.clip_score is None else {"temperature": c.temperature, "clip_score": round(c.clip_score, 4)})
+        for c in result.candidates
+    ]
     described = {"image": str(path), "caption": result.text, "candidates": considered[:candidates]}
     return json.dumps(described, ensure_ascii=False)
 
@@ -273,6 +317,18 @@ def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding", "How captions are found; the defaults are the captioner's own.")
     for name, (kind, metavar, text) in _DECODING_OPTIONS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+
+
+def _add_reranking_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("re-ranking", "A CLIP chooses the caption that fits the image best.")
+    group.add_argument("--rerank", action="store_true", help="let it choose")
+    group.add_argument(
+        "--scorer", type=Path, metavar="FOLDER", help="the CLIP (default: the captioner's own, where it has one)"
+    )
+    group.add_argument(
+        "--temperatures", type=float, nargs="+", metavar="X",
+        help="choose among captions drawn at these (default: 0 0.01 0.1 0.5 0.7 1 1.5; with --beam: among the beam's)",
+    )  # fmt: skip
 
 
 def _decoding_options(options: argparse.Namespace) -> Any:

@@ -194,7 +194,8 @@ class TrainingConfig:
         clip: largest gradient norm.
         average: decay of the exponential moving average of the weights that is evaluated and kept; 0 turns
             it off.
-        patience: epochs without a better dev BLEU-4 after which training stops.
+        best_by: what the best epoch is chosen by on the dev split: ``BLEU-4`` of generated captions, or ``dev_loss``.
+        patience: epochs without a better one after which training stops.
         evaluate_every: epochs between two evaluations on generated captions.
         dev_images: images of the dev split that are captioned in an evaluation; ``None`` for all.
         checkpoint_steps: steps between two checkpoints inside an epoch; one is written after each epoch too.
@@ -210,6 +211,7 @@ class TrainingConfig:
     label_smoothing: float = 0.1
     clip: float = 1.0
     average: float = 0.0
+    best_by: str = "BLEU-4"
     patience: int = 5
     evaluate_every: int = 1
     dev_images: int | None = None

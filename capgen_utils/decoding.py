@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypedDict, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,11 +18,19 @@ from capgen_utils.config import LARGEST_BEAM, DecodingConfig, from_dict
 from capgen_utils.datasets import Manifest
 from capgen_utils.features import FeatureCache
 from capgen_utils.files import CapGenError
+from capgen_utils.logits import (
+    allowed,
+    draw,
+    forbid_repeated_ngrams,
+    keep_top_k,
+    keep_top_p,
+    penalise_repetition,
+    uniform_numbers,
+)
 from capgen_utils.text import Tokenizer
 
 TEMPERATURES = (0.0, 0.01, 0.1, 0.5, 0.7, 1.0, 1.5)  # of ``candidates``; 0 is the most likely token
 LONGEST = 1024  # tokens a caption may be allowed
-SHORTLIST = 256  # tokens that nearly always hold the nucleus, so that few are sorted
 
 
 class Steps(Protocol):
@@ -210,99 +217,6 @@ def describe(config: DecodingConfig) -> str:
     return ", ".join(words)
 
 
-# --- which tokens may come next -------------------------------------------------------------------------------------
-
-
-def allowed(logits: Tensor, banned: Sequence[int]) -> Tensor:
-    """Return logits (M, V) in fp32, banned tokens at -inf; fp32 logits are overwritten."""
-    logits = logits.float()
-    if banned:
-        logits[:, list(banned)] = -torch.inf
-    return logits
-
-
-def log_probabilities(logits: Tensor, banned: Sequence[int]) -> Tensor:
-    """Return log-softmax (M, V) in fp32 over the tokens that may be emitted; banned ones get -inf."""
-    return allowed(logits, banned).log_softmax(-1)
-
-
-def penalise_repetition(scores: Tensor, written: Tensor, penalty: float) -> Tensor:
-    """Make each token of ``written`` (M, T) less likely: divide its score in (M, V), or multiply it where negative.
-
-    The penalty of CTRL (arXiv 1909.05858) in the library's form. On logits it divides what is positive; on
-    log-probabilities, as in beam search, it always multiplies.
-    """
-    said = scores.gather(1, written)
-    return scores.scatter(1, written, torch.where(said < 0, said * penalty, said / penalty))
-
-
-def forbid_repeated_ngrams(scores: Tensor, written: Tensor, size: int) -> Tensor:
-    """Return scores (M, V) with -inf for tokens that would repeat a run of ``size`` tokens of ``written`` (M, T)."""
-    length = written.shape[1]
-    if length < size:
-        return scores
-    ngrams = written.unfold(1, size, 1)  # (M, T - size + 1, size)
-    last = written[:, length + 1 - size :]  # the tokens that the next one would complete
-    row, place = (ngrams[..., :-1] == last[:, None]).all(-1).nonzero(as_tuple=True)
-    scores = scores.clone()
-    scores[row, ngrams[row, place, -1]] = -torch.inf
-    return scores
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Return logits (M, V) with all but the ``k`` highest of each row at -inf; 0 keeps all."""
-    if not 0 < k < logits.shape[1]:
-        return logits
-    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Return logits (M, V) with all outside the nucleus at -inf (arXiv 1904.09751).
-
-    The nucleus are the most likely tokens, as few as hold a probability of ``p`` together.
-    """
-    if p >= 1:
-        return logits
-    probabilities, size = logits.softmax(-1), min(SHORTLIST, logits.shape[1])
-    likely = probabilities.topk(size).values  # highest first
-    if not (likely.sum(-1) >= p).all():
-        likely = probabilities.sort(descending=True).values
-    before = likely.cumsum(-1) - likely  # what the more likely ones hold
-    least = likely.masked_fill(before >= p, torch.inf).amin(-1, keepdim=True)
-    return logits.masked_fill(probabilities < least, -torch.inf)
-
-
-def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """Draw a token (M,) from each row of ``probabilities`` (M, V) by inverting its cumulative distribution.
-
-    Args:
-        probabilities: rows need not sum to 1.
-        numbers: (M,) uniform from 0 to 1, 1 left out.
-    """
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[:, -1:]
-    below = torch.minimum(numbers[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, below, right=True)[:, 0]
-
-
-def uniform_numbers(seed: int, keys: Sequence[int], samples: int, length: int) -> Tensor:
-    """Return uniform numbers (len(keys) * samples, length); each row hangs on seed, key and number of the sample only.
-
-    So what is drawn for an image is independent of the images beside it and of how many samples there are.
-    """
-    rows = [
-        np.random.default_rng([seed, key, sample]).random(length, dtype=np.float32)
-        for key in keys
-        for sample in range(samples)
-    ]
-    return torch.from_numpy(np.stack(rows))
-
-
-def image_key(content: bytes) -> int:
-    """Return a number that stands for an image in ``decode``: a hash of its name or of its pixels."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
-
-
 # --- the engine -----------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +339,7 @@ class _Walk(_Search):
         super().__init__(model, memory, images, specials, config)
         self.each, rows, length = len(temperatures), images * len(temperatures), config.max_length
         self.alive = torch.arange(rows, device=self.device)
+        self.asked = tuple(temperatures)
         self.temperatures = torch.tensor(temperatures, dtype=torch.float32, device=self.device).repeat(images)
         self.numbers = None
         if any(temperatures):
@@ -444,7 +359,7 @@ class _Walk(_Search):
         table = zip(*(t.tolist() for t in (self.written, self.lengths, self.totals, self.ended)), strict=True)
         found = [
             Hypothesis(tuple(ids[:length]), total, self.ranked(total, length + ended), ended, temperature)
-            for (ids, length, total, ended), temperature in zip(table, self.temperatures.tolist(), strict=True)
+            for (ids, length, total, ended), temperature in zip(table, self.asked * self.images, strict=True)
         ]
         return [found[start : start + self.each] for start in range(0, len(found), self.each)]
 
@@ -625,6 +540,11 @@ class _Beam(_Search):
 # --- around the engine ----------------------------------------------------------------------------------------------
 
 
+def image_key(content: bytes) -> int:
+    """Return a number that stands for an image in ``decode``: a hash of its name or of its pixels."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+
+
 @torch.inference_mode()
 def word_attention(
     model: Steps, memory: Any, captions: Sequence[Sequence[int]], specials: Specials
@@ -668,12 +588,18 @@ def decode_features(
     config: DecodingConfig,
     dtype: torch.dtype = torch.float32,
     keys: Sequence[int] | None = None,
+    temperatures: Sequence[float] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Encode ``features`` (B, ...) and find captions, see ``decode``; fp32 unless asked otherwise."""
+    """Encode ``features`` (B, ...) and find captions; fp32 unless asked otherwise.
+
+    See ``decode``; where there are ``temperatures``, see ``candidates``.
+    """
     device = next(model.parameters()).device
     reduced = dtype != torch.float32
     with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if reduced else nullcontext():
         memory = model.encode(features.to(device).float())
+        if temperatures is not None:
+            return candidates(model, memory, len(features), specials, config, temperatures, keys)
         return decode(model, memory, len(features), specials, config, keys)
 
 
@@ -685,8 +611,9 @@ def decode_manifest(
     decoding: DecodingConfig,
     batch_size: int = 64,
     progress: bool = False,
+    temperatures: Sequence[float] | None = None,
 ) -> dict[str, list[Hypothesis]]:
-    """Find captions for every image of ``manifest`` from cached features: image -> hypotheses, best first.
+    """Find captions for every image of ``manifest`` from cached features: image -> hypotheses, see ``decode_features``.
 
     What is drawn for an image hangs on its name and the seed, not on the images around it.
     """
@@ -696,7 +623,9 @@ def decode_manifest(
     for start in tqdm(range(0, len(names), batch_size), desc="captioning", unit="batch", disable=not progress):
         part = names[start : start + batch_size]
         keys = [image_key(name.encode()) for name in part]
-        found |= zip(part, decode_features(model, cache.rows(part), specials, decoding, keys=keys), strict=True)
+        features = cache.rows(part)
+        spoken = decode_features(model, features, specials, decoding, keys=keys, temperatures=temperatures)
+        found |= zip(part, spoken, strict=True)
     return found
 
 

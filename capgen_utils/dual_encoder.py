@@ -13,8 +13,9 @@ from capgen_utils.bpe import BpeTokenizer, tokenizer_from_json
 from capgen_utils.compat import import_torchvision
 from capgen_utils.config import SmallClipConfig
 from capgen_utils.encoders import (
-    START,
+    ATTENTION,
     CLIP_REMEDY,
+    START,
     ClipVision,
     Encoder,
     hash_tensors,
@@ -25,7 +26,7 @@ from capgen_utils.encoders import (
     small_clip_config,
     small_vision_config,
 )
-from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
+from capgen_utils.files import CapGenError, atomic_path, fingerprint, read_json, write_json
 from capgen_utils.hub import load_pretrained
 from capgen_utils.images import ImageLike, is_many, open_image
 from capgen_utils.tensors import compact, grid_sinusoids, read_tensors, save_tensors, sinusoids
@@ -81,8 +82,13 @@ class DualEncoder(nn.Module):
             "eos_token_id": tokenizer.end_id,
             "initializer_factor": START,
         }
-        vision = small_vision_config(sizes, stem)
-        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=sizes.embed_size))
+        settings: dict[str, Any] = {
+            "text_config": text,
+            "vision_config": small_vision_config(sizes, stem),
+            "projection_dim": sizes.embed_size,
+            "attn_implementation": ATTENTION,
+        }
+        clip = CLIPModel(CLIPConfig(**settings))
         _initialise(clip)
         return cls(clip, small_clip(clip, sizes, stem), tokenizer)
 
@@ -211,6 +217,10 @@ class DualEncoder(nn.Module):
     def text_hash(self) -> str:
         """Return a hash (16 hexadecimal digits) of the text half's weights, the temperature included."""
         return hash_tensors(self._text_half())
+
+    def weights_hash(self) -> str:
+        """Return a hash (16 hexadecimal digits) of both halves."""
+        return fingerprint([self.images.weights_hash(), self.text_hash()])
 
     def describe(self) -> dict[str, Any]:
         """Return what its folder and a result say of it: the image half's description, and the text half's."""

@@ -433,6 +433,8 @@ def as_picture(grid: Tensor) -> Tensor:
 
 # The library's initial weights suit 12 layers: with two or three, all images would start with nearly the same vector.
 START = 2.0
+# Which of the library's ways to compute attention: backwards in bfloat16, its fused one is much slower on processors.
+ATTENTION = "eager"
 
 
 def small_clip_config(settings: Any) -> SmallClipConfig:
@@ -482,7 +484,8 @@ def new_small_clip(sizes: SmallClipConfig, stem: Encoder) -> ClipVision:
     import_torchvision()
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**small_vision_config(sizes, stem)))
+    settings = small_vision_config(sizes, stem) | {"attn_implementation": ATTENTION}
+    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings))
     return small_clip(tower, sizes, stem)
 
 

@@ -21,7 +21,7 @@ from capgen_utils.features import FeatureCache
 from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
 from capgen_utils.hub import load_pretrained, read_config
 from capgen_utils.models import CaptionModel
-from capgen_utils.models.base import Memory
+from capgen_utils.models.base import IGNORED, Memory
 from capgen_utils.models.clip_gpt2 import ClipGpt2Captioner, Gpt2Decoder, gpt2_config
 from capgen_utils.presets import Preset
 from capgen_utils.tensors import save_tensors
@@ -164,15 +164,49 @@ class NoImage(Memory):
 
 
 class LanguageModel(Gpt2Decoder):
-    """GPT-2 that learns captions without their images; the epoch with the lowest dev loss is the best."""
+    """GPT-2 that learns captions without their images; the epoch with the lowest dev loss is the best.
+
+    It reads all captions of an image as one document. A caption alone gives self-attention little to look for; the
+    second caption of a document is half told by the first, and whoever wants to foretell it has to look up what was
+    said of which thing. That is what the frozen layers will be needed for.
+    """
 
     name = MINI
     feature = "nothing"
     select_by_loss = True
+    chunks = 1
 
     def encode(self, features: Tensor) -> NoImage:
         """(B, 0) -> the same."""
         return NoImage(features)
+
+    def loss(self, memory: Any, tokens: Tensor, image: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Cross-entropy of documents; see ``CaptionModel.loss``. A document ends where GPT-2's positions do."""
+        tokens, targets = documents(tokens, targets, image, self.training)
+        tokens, targets = tokens[:, : self.config.n_positions], targets[:, : self.config.n_positions]
+        return super().loss(memory, tokens, torch.arange(len(tokens), device=tokens.device), targets, label_smoothing)
+
+
+def documents(tokens: Tensor, targets: Tensor, image: Tensor, shuffle: bool) -> tuple[Tensor, Tensor]:
+    """Lay the captions of each image end to end.
+
+    Args:
+        tokens, targets: (M, T), what each position reads and what follows it; ``IGNORED`` where nothing does.
+        image: (M,), the image of each caption.
+        shuffle: in any order; else as they come.
+
+    Returns:
+        The same for images: (I, T'), I of them having captions.
+    """
+    real = targets != IGNORED
+    parts = []
+    for i in image.unique().tolist():
+        rows = (image == i).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows)).to(rows.device)] if shuffle else rows
+        parts.append([torch.cat([values[row, real[row]] for row in rows]) for values in (tokens, targets)])
+    inputs, wanted = zip(*parts, strict=True)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(list(inputs), batch_first=True), pad(list(wanted), batch_first=True, padding_value=IGNORED)
 
 
 def mini_folder(preset: Preset) -> Path:

@@ -245,8 +245,11 @@ class Trainer:
         if not self.model.select_by_loss:
             result |= self._dev_captions()
         progress, score = self.progress, result.get("BLEU-4", 0.0)
-        # Few or short captions can leave BLEU-4 at 0 for many epochs: among equals the lower dev loss is better.
-        if (score, -result["dev_loss"]) > (progress.best, -progress.best_loss):
+        better = result["dev_loss"] < progress.best_loss
+        if self.config.best_by == "BLEU-4" and not self.model.select_by_loss:
+            # Few or short captions can leave BLEU-4 at 0 for many epochs: among equals the lower loss is better.
+            better = (score, -result["dev_loss"]) > (progress.best, -progress.best_loss)
+        if better:
             progress.best, progress.best_loss = score, result["dev_loss"]
             progress.best_epoch = progress.epoch
             if self.accelerator.is_main_process:

@@ -6,8 +6,7 @@ equals the first. What a rule reads ahead (the ``'s`` behind a noun, say) counts
 
 Departures, none of which an English caption meets: an ideograph or kana is a word by itself, a combining mark belongs
 to its letter in every script, punctuation beyond Latin-1 and every quotation mark is dropped, a curly apostrophe is
-a straight one, and a token that holds a space (a telephone number, a tag) counts as the words that the scorers make
-of it.
+a straight one, and numbers that the lexer would join over a space (1 1/2, a telephone number) stay apart.
 """
 
 import functools
@@ -108,6 +107,7 @@ _NORMAL = {
     "\xbc": "1/4", "\xbd": "1/2", "\xbe": "3/4", "\xa2": "cents", "\xa3": "#", "\xa4": "$", "\u20ac": "$",
 }  # fmt: skip
 _LONGEST_KEPT = 40  # characters of a chunk whose words are remembered
+_LONGEST = 500  # characters that are read as one chunk
 _NEVER_SPACED = ("'s", "'m", "'d", "'re", "'ve", "'ll", "n't")
 _WRITTEN = {"-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "-lcb-": "{", "-rcb-": "}"}
 
@@ -126,16 +126,21 @@ def tokenise(caption: str) -> list[str]:
     for i, chunk in enumerate(chunks):
         # Only behind a period does it matter what comes next: "Sit with I. The dog" ends a sentence, "No. 5" does not.
         following = chunks[i + 1] if chunk[-1] == "." and i + 1 < len(chunks) else ""
-        remembered = len(chunk) + len(following) <= _LONGEST_KEPT
-        words += (_words if remembered else _words.__wrapped__)(chunk, following)
+        if len(chunk) + len(following) <= _LONGEST_KEPT:
+            words += _remembered(chunk, following)
+        else:  # in parts, since the time for a chunk grows with the square of its length; no word is as long
+            for start in range(0, len(chunk), _LONGEST):
+                words += _words(chunk[start : start + _LONGEST], following[:_LONGEST])
     return words
 
 
-@functools.lru_cache(maxsize=1 << 16)
 def _words(chunk: str, following: str) -> tuple[str, ...]:
     """Return the words of what stands between two spaces."""
     normal = (_normalise(token) for token in _scan(f"{chunk} {following} ", len(chunk)))
     return tuple(word for token in normal if token not in _DROPPED for word in token.split())
+
+
+_remembered = functools.lru_cache(maxsize=1 << 16)(_words)
 
 
 def _scan(text: str, end: int) -> Iterator[str]:
@@ -153,7 +158,7 @@ def _normalise(token: str) -> str:
     token = _NORMAL.get(token, token)
     if token.startswith("...") or not token.strip("\xad\ufe0e\ufe0f"):
         return ""
-    if len(token) == 1 and not token.isalnum() and ord(token) > 126:
+    if len(token) == 1 and not token.isalnum() and not "!" <= token <= "~":
         symbol = unicodedata.category(token)[0] == "S" and token < "\u2c00"
         return token if symbol or "\xa0" < token < "\u0100" else ""
     return token.lower().replace("\xad", "").replace("(", "-lrb-").replace(")", "-rrb-")

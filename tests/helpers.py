@@ -18,8 +18,9 @@ from torch import nn
 from capgen_utils import models
 from capgen_utils.batches import TrainingData
 from capgen_utils.checkpoint import Bundle, bundle_info, save_bundle
-from capgen_utils.config import DecodingConfig, TrainingConfig, TransformerConfig
+from capgen_utils.config import DecodingConfig, SmallClipConfig, TrainingConfig, TransformerConfig
 from capgen_utils.datasets import Item, Manifest
+from capgen_utils.dual_encoder import DualEncoder
 from capgen_utils.encoders import Encoder, Preprocessing, new_shapes_cnn
 from capgen_utils.features import extract
 from capgen_utils.text import Tokenizer, WordTokenizer
@@ -180,6 +181,25 @@ def save_tiny_bundle(folder: Path, decoding: DecodingConfig | None = None, **cha
     bundle = Bundle(model, tokenizer, info)
     save_bundle(folder, bundle, encoder)
     return bundle
+
+
+TINY_CLIP = SmallClipConfig(
+    embed_size=24, vision_width=32, vision_layers=2, vision_heads=4, text_width=16, text_layers=2, text_heads=2,
+    seq_len=12,
+)  # fmt: skip
+
+
+def tiny_dual(
+    stem: Encoder | None = None, tokenizer: Tokenizer | None = None, sizes: SmallClipConfig = TINY_CLIP
+) -> DualEncoder:
+    """Return a random small CLIP whose numbers differ from image to image and from text to text."""
+    torch.manual_seed(5)
+    dual = DualEncoder.new(sizes, stem or new_shapes_cnn(32), tokenizer or tiny_tokenizer())
+    with torch.no_grad():
+        for parameter in dual.clip.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(5)
+    return dual
 
 
 # --- training -------------------------------------------------------------------------------------------------------

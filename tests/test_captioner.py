@@ -59,8 +59,32 @@ def test_options_replace_the_bundles_own(captioner: Captioner) -> None:
     assert all(c.ended or len(c.words) == 2 for c in short)
 
 
-@pytest.mark.parametrize("options", [{"beam": 0}, {"beam": -1}, {"beam": 10**9}, {"max_length": 0}, {"max_length": -2},
-                                     {"max_length": 10**6}, {"max_length": 16}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"top_p": 0.8, "temperature": 1.5, "candidates": 3}])
+def test_what_is_drawn_hangs_on_the_image_and_the_seed(captioner: Captioner, options: dict[str, Any]) -> None:
+    drawn = captioner.caption(PATHS, **options)
+    assert all(len(c.candidates) == options.get("candidates", 1) for c in drawn)
+    assert {c.temperature for caption in drawn for c in caption.candidates} == {options["temperature"]}
+    reversed_pairs = captioner.caption(PATHS[::-1], batch_size=2, **options)[::-1]
+    assert [c.text for c in reversed_pairs] == [c.text for c in drawn], "in another order, in other batches"
+    with Image.open(PATHS[1]) as opened:
+        assert captioner.caption(opened.convert("RGB"), **options)[0].text == drawn[1].text, "alone, and no file"
+    assert captioner.attention(PATHS[1], **options)[0].text == drawn[1].text
+    others = [[c.text for c in captioner.caption(PATHS, seed=seed, **options)] for seed in (1, 2, 3)]
+    assert any(texts != [c.text for c in drawn] for texts in others)
+
+
+def test_groups_give_candidates_that_differ(captioner: Captioner) -> None:
+    for caption in captioner.caption(PATHS, groups=3, diversity=3.0, min_length=3):
+        assert 2 <= len({c.text for c in caption.candidates}) == len(caption.candidates) <= 3
+    assert all(len(c.words) >= 4 for c in captioner.caption(PATHS, min_length=4))
+    for caption in captioner.caption(PATHS, no_repeat_ngram=1):
+        assert len(set(caption.words)) == len(caption.words)
+
+
+@pytest.mark.parametrize("options", [{"beam": 0}, {"beam": -1}, {"top_p": 0.0}, {"temperature": -1.0}, {"groups": 0},
+                                     {"beam": 4, "temperature": 1.0}, {"min_length": 8}, {"seed": -1},
+                                     {"beam": 10**9}, {"max_length": 0}, {"max_length": -2}, {"max_length": 10**6},
+                                     {"max_length": 16}], ids=str)  # fmt: skip
 def test_impossible_options_are_refused(captioner: Captioner, options: dict) -> None:
     with pytest.raises(CapGenError) as error:
         captioner.caption(PATHS[0], **options)

@@ -232,7 +232,11 @@ HOSTILE: list[tuple[tuple[str, ...], Any]] = [
     (("decoding", "beam"), "5"), (("decoding", "beam"), 2.5), (("decoding", "beam"), True),
     (("decoding", "max_length"), 10**9), (("decoding", "max_length"), -1), (("decoding", "max_length"), None),
     (("decoding", "length_penalty"), 1e308), (("decoding", "length_penalty"), float("nan")),
-    (("decoding", "length_penalty"), "1"), (("decoding", "surprise"), 1),
+    (("decoding", "length_penalty"), "1"), (("decoding", "surprise"), 1), (("decoding", "temperature"), -1),
+    (("decoding", "temperature"), "hot"), (("decoding", "top_k"), -1), (("decoding", "top_p"), 0.0),
+    (("decoding", "top_p"), 2), (("decoding", "repetition_penalty"), 0), (("decoding", "no_repeat_ngram"), 2.5),
+    (("decoding", "groups"), 0), (("decoding", "groups"), 7), (("decoding", "min_length"), 10**6),
+    (("decoding", "samples"), 10**9), (("decoding", "seed"), -1), (("decoding", "seed"), 10**30),
     (("preset",), []), (("training",), "x"), (("training",), []),
 ]  # fmt: skip
 
@@ -244,6 +248,11 @@ def test_hostile_values_are_refused(bundle: Path, path: tuple[str, ...], value: 
     change_config(bundle, path, value)
     with pytest.raises(CapGenError):
         use(bundle)
+
+
+def test_a_bundle_of_before_these_decoding_options_loads(bundle: Path) -> None:
+    change_config(bundle, ("decoding",), {"beam": 2, "max_length": 8, "length_penalty": 0.5})
+    assert load_bundle(bundle).decoding == DecodingConfig(beam=2, max_length=8, length_penalty=0.5)
 
 
 @pytest.mark.parametrize("settings_of_encoder", [None, [], {}, {"width": 10**9}, {"width": "32"}, {"width": True}])

@@ -87,6 +87,11 @@ WRONG: list[tuple[list[str], str]] = [
     (["caption", "--bundle", "BUNDLE", "--device", "abacus", "PHOTO"], "abacus"),
     (["caption", "--bundle", "BUNDLE", "--beam", "0", "PHOTO"], "beam"),
     (["caption", "--bundle", "BUNDLE", "--max-length", "99", "PHOTO"], "at most"),
+    (["caption", "--bundle", "BUNDLE", "--top-p", "1.5", "PHOTO"], "at most 1"),
+    (["caption", "--bundle", "BUNDLE", "--beam", "3", "--temperature", "1", "PHOTO"], "one of the two"),
+    (["caption", "--bundle", "BUNDLE", "--beam", "4", "--groups", "3", "PHOTO"], "multiple of 3"),
+    (["caption", "--bundle", "BUNDLE", "--candidates", "0", "PHOTO"], "1 or more"),
+    (["evaluate", "--bundle", "BUNDLE", "--top-k", "-1"], "0 or more"),
     (["caption", "--bundle", "BUNDLE", "--encoder-weights", "nowhere", "PHOTO"], "nowhere"),
     (["course", "--preset", "flickr9k"], "flickr8k"),
 ]
@@ -145,6 +150,26 @@ def test_json_lines_can_be_read_back(capsys: pytest.CaptureFixture[str], bundle:
     for row in rows:
         assert row["caption"] == row["candidates"][0]["text"]
         assert all(c["log_probability"] < 0 for c in row["candidates"])
+
+
+def test_decoding_options_reach_the_captioner(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    photo = PHOTOS / "cat_on_deck.jpg"
+
+    def rows(*options: object) -> list[dict[str, Any]]:
+        code, out, _ = run(capsys, "caption", "--json", "--bundle", bundle, *options, photo)
+        assert code == 0
+        return json.loads(out)["candidates"]
+
+    drawn = ("--top-p", 0.8, "--temperature", 1.5, "--candidates", 4)
+    assert len(rows(*drawn)) == 4 and rows(*drawn) == rows(*drawn, "--seed", 0)
+    assert any(rows(*drawn) != rows(*drawn, "--seed", seed) for seed in (1, 2))
+    assert len(rows("--candidates", 1)) == 1 and len(rows("--candidates", 3)) == 3
+    assert len(rows("--groups", 2, "--diversity", 9, "--beam", 2)) == 2
+    assert len(rows("--beam", 1, "--min-length", 7, "--repetition-penalty", 1.3)[0]["text"].split()) >= 7
+    words = rows("--beam", 1, "--no-repeat-ngram", 1, "--top-k", 0, "--length-penalty", 0.5)[0]["text"].split()
+    assert len(words) == len(set(words))
+    code, out, _ = run(capsys, "caption", "--bundle", bundle, "--candidates", 2, photo)
+    assert code == 0 and len(out.splitlines()) == 3 and out.splitlines()[1].split(maxsplit=1)[1] == out.splitlines()[0]
 
 
 def test_a_bad_photo_among_good_ones(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from capgen_utils.decoding import Specials, decode
 from capgen_utils.files import CapGenError
 from capgen_utils.models.base import caption_loss
 from capgen_utils.models.clip_gpt2 import ClipGpt2Captioner, gpt2_config
+from capgen_utils.presets import PRESETS
 from capgen_utils.training import Trainer
 
 PUBLISHED = ClipGpt2Config(gate=False, tied_head=False, reduction=1)  # GPT-2 medium
@@ -115,6 +116,30 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints(
     captioner = meta(ClipGpt2Config(n_embd=width, n_layer=layers, n_head=heads))
     own = {name: tuple(tensor.shape) for name, tensor in captioner.gpt2.state_dict().items()}
     assert own == {name: shape for name, shape in published.items() if not name.endswith(".attn.bias")}
+
+
+def test_the_published_setting_trains_on_a_gpu_of_16_gb() -> None:
+    recipe = PRESETS["coco"].recipe("clip_gpt2")
+    captioner, images = meta(recipe.config).train(), recipe.training.batch_images
+    weights = {parameter.untyped_storage()._cdata for parameter in captioner.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    rows, length = torch.arange(images).repeat_interleave(5), 20  # on the CPU: it says which image a caption is of
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.device("meta"):
+        memory = captioner.encode(torch.empty(images, *CLIP_GRID))
+        tokens = torch.zeros(len(rows), length, dtype=torch.long)
+        caption_loss(captioner(memory, tokens, rows), tokens)
+    activations = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+    image_side = 2 * 4 * (memory.keys.numel() + memory.values.numel())  # and its gradient
+    scores = 2 * 4 * len(rows) * length * FULL_TABLE  # and their gradient
+    boundaries = 4 * len(rows) * length * captioner.config.n_embd * captioner.config.n_layer
+    learning = 12 * count(captioner, trainable=True)  # gradients and AdamW's two moments
+    total = 4 * (303_179_776 + count(captioner)) + learning + activations + image_side + scores + boundaries
+    assert 9e9 < total < 13e9, "all in fp32; room is left for the layer that is computed again"
 
 
 # --- the library as reference -----------------------------------------------------------------------------------------
@@ -282,6 +307,17 @@ def test_a_bundle_holds_the_whole_captioner(tmp_path: Path, changes: dict[str, A
         expected = captioner(captioner.encode(features), tokens, IMAGE)
         assert torch.equal(loaded(loaded.encode(features), tokens, IMAGE), expected)
     assert all(buffer.device == CPU for buffer in loaded.buffers())
+
+
+@pytest.mark.parametrize("key", ["n_embd", "n_layer", "n_positions", "reduction"])
+@pytest.mark.parametrize("value", [0, -1, 10**9])
+def test_a_bundle_of_impossible_size_is_refused_before_it_is_built(tmp_path: Path, key: str, value: int) -> None:
+    captioner, encoder = tiny_model("clip_gpt2"), tiny_encoder()
+    info = bundle_info("clip_gpt2", captioner, encoder, torch.float32, DecodingConfig(max_length=8), "shapes")
+    info["architecture"][key] = value
+    save_bundle(tmp_path / "bundle", Bundle(captioner, tiny_tokenizer(), info))
+    with pytest.raises(CapGenError, match="not possible"):
+        load_bundle(tmp_path / "bundle")
 
 
 @pytest.mark.parametrize(

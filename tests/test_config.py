@@ -1,5 +1,6 @@
 """Presets, values from JSON, the data folder, and the choice of device and dtype."""
 
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from capgen_utils import config
+from capgen_utils import config, presets
 from capgen_utils.config import (
-    PRESETS,
     DecodingConfig,
     TrainingConfig,
     TransformerConfig,
@@ -17,30 +17,55 @@ from capgen_utils.config import (
     choose_dtype,
     data_dir,
     from_dict,
-    get_preset,
 )
 from capgen_utils.datasets import DATASETS
 from capgen_utils.encoders import ENCODERS
 from capgen_utils.files import CapGenError
 from capgen_utils.models import MODELS
+from capgen_utils.presets import PRESETS, SMALL_CLIP, Preset, Recipe, get_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_name_things_that_exist_and_fit_together(name: str) -> None:
     preset = get_preset(name)
     assert preset.name == name and preset.dataset in DATASETS and preset.encoder in ENCODERS
-    assert preset.model and set(preset.model) <= set(MODELS)
-    for model, settings in preset.model.items():
-        assert isinstance(settings, MODELS[model][1])
-        longest = getattr(settings, "seq_len", preset.decoding.max_length + 1) - 1
-        assert preset.decoding.max_length <= longest, "decoding may ask for more than the model can say"
-    for training in filter(None, (preset.training, preset.pretraining)):
+    assert set(preset.models) == set(MODELS), "every captioner, in every preset"
+    for model in preset.models:
+        recipe = preset.recipe(model)
+        assert isinstance(recipe.config, MODELS[model][1])
+        assert recipe.encoder in {*ENCODERS, SMALL_CLIP} and recipe.tokenizer in ("word", "clip", "gpt2")
+        assert recipe.decoding and recipe.training
+        assert recipe.decoding.max_length <= recipe.config.seq_len - 1, "more than the model can say"
+        assert from_dict(TrainingConfig, asdict(recipe.training)) == recipe.training
+    for training in filter(None, (preset.pretraining, preset.language)):
         assert from_dict(TrainingConfig, asdict(training)) == training
+
+
+def test_a_recipe_keeps_what_it_says_and_takes_the_rest_from_the_preset() -> None:
+    own = TrainingConfig(epochs=3)
+    preset = replace(
+        PRESETS["shapes"],
+        models={"transformer": Recipe(TransformerConfig()), "show_tell": Recipe(1, "resnet18", "clip", own)},
+    )
+    plain, given = preset.recipe("transformer"), preset.recipe("show_tell")
+    assert (plain.encoder, plain.training, plain.decoding) == (preset.encoder, preset.training, preset.decoding)
+    assert (given.encoder, given.training, given.tokenizer) == ("resnet18", own, "clip")
+    with pytest.raises(CapGenError, match="lstm9000") as error:
+        preset.recipe("lstm9000")
+    assert "show_tell" in error.value.remedy
+
+
+def test_another_encoder_for_one_model() -> None:
+    preset = PRESETS["flickr8k"]
+    changed = preset.with_encoder("attend_tell", "resnet50")
+    assert changed.recipe("attend_tell").encoder == "resnet50"
+    assert changed.recipe("attend_tell").config.cnn_backbone == "resnet50"
+    assert changed.recipe("transformer") == preset.recipe("transformer")
 
 
 def test_auto_is_shapes_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for device, name in (("cpu", "shapes"), ("cuda", "flickr8k"), ("mps", "flickr8k")):
-        monkeypatch.setattr(config, "choose_device", lambda device=device: torch.device(device))
+        monkeypatch.setattr(presets, "choose_device", lambda device=device: torch.device(device))
         assert get_preset("auto").name == name
 
 
@@ -86,9 +111,10 @@ def test_what_is_allowed() -> None:
 
 
 def test_every_hyperparameter_is_described() -> None:
-    for kind in (TransformerConfig, TrainingConfig, DecodingConfig, config.Preset):
+    kinds = [kind for _, kind in MODELS.values()]
+    for kind in (*kinds, TrainingConfig, DecodingConfig, Preset, Recipe):
         text = kind.__doc__ or ""
-        assert [f.name for f in fields(kind) if f"{f.name}:" not in text] == []
+        assert [f.name for f in fields(kind) if not re.search(rf"\b{f.name}\b[^\n]*:", text)] == []
 
 
 def test_configurations_cannot_be_changed_in_place() -> None:

@@ -43,7 +43,8 @@ import_torchvision()
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss  # noqa: E402
 
 TINY = SmallClipConfig(
-    embed_size=24, vision_width=32, vision_layers=1, vision_heads=4, text_width=32, text_layers=1, text_heads=4, seq_len=20
+    embed_size=24, vision_width=32, vision_layers=1, vision_heads=4, text_width=32, text_layers=1, text_heads=4,
+    seq_len=20,
 )  # fmt: skip
 
 
@@ -221,7 +222,10 @@ def test_as_many_captions_and_twins_as_asked_for() -> None:
     assert len(said) <= 3 and pairs == [] and positive.any(1).all()
     choices = {tuple(sorted(drawn(ContrastiveConfig(captions=1, twins=0), [False] * 3, seed)[0])) for seed in range(20)}
     assert len(choices) > 2, "other ones each time"
-    assert drawn(ContrastiveConfig(captions=1, twins=1), [False] * 3)[0] == drawn(ContrastiveConfig(captions=1, twins=1), [False] * 3)[0]
+    assert (
+        drawn(ContrastiveConfig(captions=1, twins=1), [False] * 3)[0]
+        == drawn(ContrastiveConfig(captions=1, twins=1), [False] * 3)[0]
+    )
 
 
 def test_a_mirrored_image_loses_what_is_no_longer_true() -> None:
@@ -262,7 +266,9 @@ def tiny_run(folder: Path, run: str = "run", flip: bool = False, **changes: Any)
 def features(folder: Path, manifest: Manifest, flip: bool) -> list[Any]:
     """Return the stem's grid of the plain view and, if asked for, of the mirrored one."""
     options: dict[str, Any] = {"folder": folder / "features", "dtype": torch.float32, "device": CPU}
-    return [extract(manifest, tiny_encoder(), "grid", view, **options) for view in ((False, True) if flip else (False,))]
+    return [
+        extract(manifest, tiny_encoder(), "grid", view, **options) for view in ((False, True) if flip else (False,))
+    ]
 
 
 @pytest.fixture
@@ -295,7 +301,9 @@ def test_images_and_their_captions_find_each_other(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("known_stem")
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, flip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    tmp_path: Path, flip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = {"flip": flip, "epochs": 4, "feature_dropout": 0.3, "word_dropout": 0.2}
     whole = tiny_run(tmp_path, "whole", **options).train()
     stopped = tiny_run(tmp_path, "stopped", **options)

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, PHOTOS, run_python, tiny_encoder, tiny_manifest, tiny_tokenizer
+from helpers import CPU, PHOTOS, TINY_CLIP, run_python, tiny_dual, tiny_encoder, tiny_manifest, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from capgen_utils.compat import import_torchvision
-from capgen_utils.config import SmallClipConfig
 from capgen_utils.dual_encoder import DualEncoder, pad
 from capgen_utils.encoders import (
     CLIP_PREPROCESSING,
@@ -23,34 +22,17 @@ from capgen_utils.encoders import (
     Encoder,
     build_encoder,
     load_encoder_folder,
-    new_shapes_cnn,
     save_encoder,
 )
 from capgen_utils.features import encode_images, extract, find_cache
 from capgen_utils.files import CapGenError
-from capgen_utils.text import Tokenizer, WordTokenizer
+from capgen_utils.text import WordTokenizer
 
 import_torchvision()
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig  # noqa: E402
 
-TINY = SmallClipConfig(
-    embed_size=24, vision_width=32, vision_layers=2, vision_heads=4, text_width=16, text_layers=2, text_heads=2, seq_len=12
-)  # fmt: skip
 PHOTO = PHOTOS / "cat_on_deck.jpg"
 TEXTS = ["word1 word2", "word3", "", "word0 word1 word2 word3 word4 word5 word6 word7 word8 word9 word10 word11"]
-
-
-def tiny_dual(
-    stem: Encoder | None = None, tokenizer: Tokenizer | None = None, sizes: SmallClipConfig = TINY
-) -> DualEncoder:
-    """Return a random small CLIP whose numbers differ from image to image and from text to text."""
-    torch.manual_seed(5)
-    dual = DualEncoder.new(sizes, stem or new_shapes_cnn(32), tokenizer or tiny_tokenizer())
-    with torch.no_grad():
-        for parameter in dual.clip.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(5)
-    return dual
 
 
 # --- vectors --------------------------------------------------------------------------------------------------------
@@ -99,7 +81,7 @@ def test_padding_changes_nothing() -> None:
 def test_a_long_text_is_cut_at_the_longest_possible_and_keeps_its_end() -> None:
     dual = tiny_dual()
     tokens = dual.tokens([TEXTS[3] * 9])
-    assert tokens.shape == (1, TINY.seq_len) and tokens[0, -1] == dual.tokenizer.end_id
+    assert tokens.shape == (1, TINY_CLIP.seq_len) and tokens[0, -1] == dual.tokenizer.end_id
 
 
 def test_the_vectors_are_the_librarys_where_it_finds_the_end_token() -> None:
@@ -157,7 +139,7 @@ def test_the_image_half_is_a_frozen_encoder_that_names_its_stem() -> None:
     assert encoder.name == dual.name == "small_clip on shapes_cnn" and not encoder.public
     described = encoder.describe()
     assert described["name"] == "small_clip on shapes_cnn" and described["stem"]["name"] == "shapes_cnn"
-    assert described["settings"] == asdict(TINY)
+    assert described["settings"] == asdict(TINY_CLIP)
     assert encoder.outputs == {"embedding": (24,), "grid": (65, 32)}
     assert not any(p.requires_grad for p in dual.parameters())
     dual.train()
@@ -181,7 +163,7 @@ def test_its_weights_hash_covers_tower_and_stem() -> None:
 
 
 def test_patches_cover_the_grid() -> None:
-    dual = tiny_dual(sizes=replace(TINY, patch=2))
+    dual = tiny_dual(sizes=replace(TINY_CLIP, patch=2))
     assert dual.images.outputs["grid"] == (17, 32) and dual.embed_images(PHOTO).shape == (1, 24)
     grid = torch.randn(1, 64, 32)
     base = dual.embed_grid(grid)
@@ -191,12 +173,14 @@ def test_patches_cover_the_grid() -> None:
         assert not torch.equal(dual.embed_grid(changed), base), "each place is looked at"
 
 
-@pytest.mark.parametrize(("outputs", "patch"), [({"grid": (10, 4)}, 1), ({}, 1), ({"grid": (9, 4)}, 2), ({"grid": (9, 4)}, 4)])
+@pytest.mark.parametrize(
+    ("outputs", "patch"), [({"grid": (10, 4)}, 1), ({}, 1), ({"grid": (9, 4)}, 2), ({"grid": (9, 4)}, 4)]
+)
 def test_a_stem_without_a_square_grid_is_refused(outputs: dict[str, Any], patch: int) -> None:
     stem = tiny_encoder()
     stem.outputs = outputs
     with pytest.raises(CapGenError, match="square grid"):
-        tiny_dual(stem, sizes=replace(TINY, patch=patch))
+        tiny_dual(stem, sizes=replace(TINY_CLIP, patch=patch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -219,7 +203,9 @@ def test_the_cached_grid_gives_the_embedding_that_pixels_give(tmp_path: Path, dt
     assert again is not None and again.path == cached.path
     fresh = encode_images(encoder, [manifest.path(i) for i in manifest.items if i.image in names], dtype)["embedding"]
     torch.testing.assert_close(fresh, pixels_plain(tmp_path, manifest, encoder, dtype).rows(names))
-    assert torch.equal(dual.embed_grid(again.rows(names[:1]).new_zeros(1, 9, 12)), dual.embed_grid(torch.zeros(1, 9, 12)))
+    assert torch.equal(
+        dual.embed_grid(again.rows(names[:1]).new_zeros(1, 9, 12)), dual.embed_grid(torch.zeros(1, 9, 12))
+    )
 
 
 def pixels_plain(folder: Path, manifest: Any, encoder: Encoder, dtype: torch.dtype) -> Any:
@@ -227,7 +213,9 @@ def pixels_plain(folder: Path, manifest: Any, encoder: Encoder, dtype: torch.dty
     return extract(manifest, encoder, "embedding", False, folder / "pixels", dtype=dtype, device=CPU)
 
 
-def test_the_grid_is_read_from_the_cache_and_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_grid_is_read_from_the_cache_and_not_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = tiny_manifest(tmp_path / "images", train=4, dev=1)
     dual = tiny_dual(tiny_encoder())
     options: dict[str, Any] = {"folder": tmp_path / "f", "dtype": torch.float32, "device": CPU}
@@ -324,7 +312,8 @@ def test_missing_and_damaged_files_are_refused(saved: Path, name: str, content: 
 
 
 HOSTILE: list[tuple[tuple[str, ...], Any]] = [
-    (("text",), None), (("text", "weights_hash"), "0" * 16), (("text", "source"), "../../etc"), (("name",), "small_clip"),
+    (("text",), None), (("text", "weights_hash"), "0" * 16), (("text", "source"), "../../etc"),
+    (("name",), "small_clip"),
     (("weights_hash",), 5), (("settings",), None), (("settings", "embed_size"), 10**12), (("settings", "patch"), 0),
     (("settings", "patch"), 3), (("settings", "patch"), -8), (("settings", "vision_width"), 10**9),
     (("settings", "vision_heads"), 0), (("settings", "vision_heads"), 7), (("settings", "vision_layers"), 10**6),
@@ -335,7 +324,9 @@ HOSTILE: list[tuple[tuple[str, ...], Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "value"), HOSTILE, ids=lambda v: ".".join(v) if isinstance(v, tuple) else repr(v)[:20])
+@pytest.mark.parametrize(
+    ("path", "value"), HOSTILE, ids=lambda v: ".".join(v) if isinstance(v, tuple) else repr(v)[:20]
+)
 def test_hostile_descriptions_are_refused(saved: Path, path: tuple[str, ...], value: Any) -> None:
     config = json.loads((saved / "config.json").read_text())
     place = config
@@ -433,7 +424,8 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = CLIPTextConfig(
-        **sizes, vocab_size=len(tiny_tokenizer()), max_position_embeddings=16, eos_token_id=2, bos_token_id=1, pad_token_id=0
+        **sizes, vocab_size=len(tiny_tokenizer()), max_position_embeddings=16, eos_token_id=2, bos_token_id=1,
+        pad_token_id=0,
     ).to_dict()  # fmt: skip
     clip = CLIPModel(
         CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 64, "patch_size": 16}, projection_dim=20)
@@ -452,7 +444,9 @@ def test_a_checkpoint_in_the_hubs_layout_loads_strictly(hub_folder: Path, tmp_pa
     assert dual.embed_images(PHOTO).shape == (1, 20) and dual.embed_texts(TEXTS).shape == (4, 20)
     # Older releases of the library stored a constant too.
     old = shutil.copytree(hub_folder, tmp_path / "old")
-    places = {f"{m}.embeddings.position_ids": torch.arange(n)[None] for m, n in (("vision_model", 17), ("text_model", 16))}
+    places = {
+        f"{m}.embeddings.position_ids": torch.arange(n)[None] for m, n in (("vision_model", 17), ("text_model", 16))
+    }
     save_file(stored | places, old / "model.safetensors", {"format": "pt"})
     again = DualEncoder.from_pretrained(old, tiny_tokenizer())
     assert torch.equal(again.embed_images(PHOTO), dual.embed_images(PHOTO))
@@ -486,7 +480,9 @@ def test_the_three_ways_are_named_where_there_is_no_clip(hub_folder: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_published_image_encoders_are_known_by_name(hub_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_image_encoders_are_known_by_name(
+    hub_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(CapGenError, match=f"not {name}") as error:
         build_encoder(name, hub_folder)
     assert "(3)" in error.value.remedy
@@ -496,7 +492,9 @@ def test_published_image_encoders_are_known_by_name(hub_folder: Path, name: str,
     assert not any("text" in key for key in encoder.state_dict())
 
 
-def test_a_published_clip_is_saved_by_its_source_alone(hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_clip_is_saved_by_its_source_alone(
+    hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dual = DualEncoder.from_pretrained(hub_folder, tiny_tokenizer())
     dual.save(tmp_path / "scorer")
     assert [p.name for p in (tmp_path / "scorer").iterdir()] == ["config.json"]

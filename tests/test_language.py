@@ -22,6 +22,7 @@ from capgen_utils.language import (
     MINI,
     LanguageModel,
     NoImage,
+    documents,
     fit_config,
     initialise,
     load_language_model,
@@ -232,6 +233,28 @@ def test_later_calls_find_it(mini: Path, scenes: Path, monkeypatch: pytest.Monke
     with pytest.raises(CapGenError, match="n_embd") as error:
         pretrain_language_model(tiny_preset(n_embd=64), scenes, mini)
     assert str(mini) in error.value.remedy
+
+
+def test_the_captions_of_an_image_are_one_document() -> None:
+    image = torch.tensor([1, 0, 1])
+    tokens = torch.tensor([[1, 5, 6], [1, 7, 0], [1, 8, 0]])  # 1 starts and ends a caption, 0 is padding
+    targets = torch.tensor([[5, 6, 1], [7, 1, IGNORED], [8, 1, IGNORED]])
+    inputs, wanted = documents(tokens, targets, image, shuffle=False)
+    assert inputs.tolist() == [[1, 7, 0, 0, 0], [1, 5, 6, 1, 8]]
+    assert wanted.tolist() == [[7, 1, IGNORED, IGNORED, IGNORED], [5, 6, 1, 8, 1]]
+    orders = {tuple(documents(tokens, targets, image, shuffle=True)[0][1].tolist()) for _ in range(20)}
+    assert orders == {(1, 5, 6, 1, 8), (1, 8, 1, 5, 6)}
+
+    model = LanguageModel(tiny_config("clip_gpt2"), 16, 0).eval()
+    memory = model.encode(torch.zeros(2, 0))
+    said = model(memory, torch.tensor([[1, 5, 6, 1, 8], [1, 7, 0, 0, 0]]), torch.arange(2)).log_softmax(-1)
+    right = [(0, 0, 5), (0, 1, 6), (0, 2, 1), (0, 3, 8), (0, 4, 1), (1, 0, 7), (1, 1, 1)]
+    expected = -sum(said[place] for place in right)
+    torch.testing.assert_close(model.loss(memory, tokens, image, targets), expected)
+    short = LanguageModel(tiny_config("clip_gpt2", n_positions=16), 16, 0).eval()
+    rows = torch.full((9, 3), 4)  # 27 tokens of one image: more than there are positions
+    loss = short.loss(memory, rows, torch.zeros(9, dtype=torch.long), rows)
+    assert loss.isfinite() and loss < 9 * 3 * 4
 
 
 def test_presets_with_a_published_gpt2_train_none() -> None:

@@ -27,7 +27,7 @@ FLOORS = [
     ["compat", "files", "tensors", "machine", "config", "presets"],
     ["hub", "images", "treebank", "text", "twins", "bpe_files", "bpe", "scenes", "shapes", "datasets", "metrics"]
     + ["baselines"],
-    ["encoders", "dual_encoder", "features", "decoding"],
+    ["encoders", "dual_encoder", "features", "logits", "decoding"],
     ["models"],
     ["checkpoint", "batches", "training", "pretraining", "contrastive", "language", "recipes"],
     ["rerank", "captioner", "results"],

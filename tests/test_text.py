@@ -1,4 +1,4 @@
-"""Words: one tokenisation, a vocabulary from the training captions, and a file that cannot hurt."""
+"""A vocabulary from the training captions, and a file that cannot hurt."""
 
 import json
 from typing import Any
@@ -14,79 +14,15 @@ from capgen_utils.text import WordTokenizer, join_words, tokenise
 CAPTIONS = ["A dog runs .", "A dog , a cat .", "the dog sleeps"]
 
 
-@pytest.mark.parametrize(
-    ("caption", "words"),
-    [
-        ("A Dog, running!", ["a", "dog", "running"]),
-        ("it's a man's dog", ["it", "'s", "a", "man", "'s", "dog"]),
-        ("they don't, can\u2019t", ["they", "do", "n't", "ca", "n't"]),
-        ("a t-shirt in the U.S.", ["a", "t-shirt", "in", "the", "u.s"]),
-        ("1,000 dogs at 5.30", ["1,000", "dogs", "at", "5.30"]),
-        ("o'clock", ["o'clock"]),
-        ("-- . , ''", []),
-        ("", []),
-        ("犬が走る", ["犬", "が", "走", "る"]),
-        ("एक कुत्ता दौड़ रहा है।", ["एक", "कुत्ता", "दौड़", "रहा", "है"]),
-        ("كلبٌ يَجري على العُشب", ["كلبٌ", "يَجري", "على", "العُشب"]),
-        ("Ein Mädchen läuft über die Straße", ["ein", "mädchen", "läuft", "über", "die", "straße"]),
-        ("a 🐕 dog", ["a", "dog"]),
-        ("<unk> <end>", ["unk", "end"]),
-    ],
-)
-def test_tokenise(caption: str, words: list[str]) -> None:
-    assert tokenise(caption) == words
-    assert tokenise(join_words(words)) == words
-
-
-WORDS = st.sampled_from(
-    [
-        "a",
-        "dog",
-        "t-shirt",
-        "it",
-        "'s",
-        "do",
-        "n't",
-        "they",
-        "'re",
-        "u.s",
-        "1,000",
-        "o'clock",
-        "犬",
-        "が",
-        "कुत्ता",
-        "كلب",
-        "über",
-    ]
-)
-
-
-@given(st.lists(WORDS, max_size=12))
-def test_joined_words_are_the_same_words_again(words: list[str]) -> None:
-    once = tokenise(join_words(words))
-    assert tokenise(join_words(once)) == once
-    if not any(word.startswith("'") or word == "n't" for word in words):
-        assert once == words
-
-
 @settings(max_examples=300)
 @given(st.text(max_size=60))
-def test_any_text_gives_words_without_space_or_capitals(text: str) -> None:
+def test_any_text_is_read_and_written_again(text: str) -> None:
     words = tokenise(text)
-    assert all(word and not any(c.isspace() for c in word) for word in words)
-    assert all(word == word.lower() or word.lower() != word.lower().lower() for word in words)
     tokenizer = WordTokenizer(sorted(set(words)))
     ids = tokenizer.encode(text)
     assert ids[0] == tokenizer.start_id and ids[-1] == tokenizer.end_id
     assert len(ids) == len(words) + 2 and tokenizer.unk_id not in ids
     assert tokenizer.decode(ids) == join_words(words)
-
-
-def test_words_are_written_as_people_write_them() -> None:
-    assert join_words(["it", "'s", "a", "dog"]) == "it's a dog"
-    assert join_words(["do", "n't"]) == "don't"
-    assert join_words(["犬", "が", "走", "る"]) == "犬が走る"
-    assert join_words([]) == ""
 
 
 # --- the vocabulary -------------------------------------------------------------------------------------------------
@@ -114,9 +50,10 @@ def test_special_tokens_are_all_different() -> None:
 
 
 def test_a_caption_cannot_spell_a_special_token() -> None:
-    tokenizer = WordTokenizer.fit(["<end> <pad> <start> <unk>"], 1)
+    tokenizer = WordTokenizer.fit(["a <end> <pad> <start> <unk>"], 1)
+    assert tokenizer.vocabulary[4:] == ["a"]
     ids = tokenizer.encode("<start> <end> <pad>")
-    assert ids.count(tokenizer.end_id) == 1 and ids.count(tokenizer.start_id) == 1 and tokenizer.pad_id not in ids
+    assert ids == [tokenizer.start_id, *[tokenizer.unk_id] * 3, tokenizer.end_id]
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 6, 50])

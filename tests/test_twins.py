@@ -32,7 +32,8 @@ from capgen_utils.twins import OPPOSITE, hard_negatives
             {"A white dog bites a black cat ."},
         ),
         ("An old man jumps into the water", {
-            "A young man jumps into the water", "An old woman jumps into the water", "An old man jumps out of the water",
+            "A young man jumps into the water", "An old woman jumps into the water",
+            "An old man jumps out of the water",
         }),
         ("Two dogs in front of a house", {"Three dogs in front of a house", "Two dogs behind a house"}),
         ("An orange hat and a blue shirt", {"A blue hat and an orange shirt"}),

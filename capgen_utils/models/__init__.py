@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from capgen_utils.config import AttendTellConfig, ClipGpt2Config, ClipPrefixConfig, ShowTellConfig, TransformerConfig, from_dict
+from capgen_utils.config import (
+    AttendTellConfig,
+    ClipGpt2Config,
+    ClipPrefixConfig,
+    ShowTellConfig,
+    TransformerConfig,
+    from_dict,
+)
 from capgen_utils.files import CapGenError
 from capgen_utils.models.attend_tell import AttendTellCaptioner
 from capgen_utils.models.base import IGNORED, CaptionModel, Grouping, State, caption_loss

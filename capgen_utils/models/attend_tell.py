@@ -118,7 +118,9 @@ class AttendTellCaptioner(CaptionModel):
         """Read whole captions; returns logits (M, T, V) and where each step looked, (M, T, N)."""
         keys, values, hidden, cell = (part[image] for part in (memory.keys, memory.values, memory.hidden, memory.cell))
         words = self.embed(hide_words(tokens, self.config.word_dropout, self.unk_id, self.training))
-        gates, outputs, weights = self.word_gates(words), [], []  # (M, T, 4 x hidden)
+        gates = self.word_gates(words)  # (M, T, 4 x hidden)
+        outputs: list[Tensor] = []
+        weights: list[Tensor] = []
         for t in range(tokens.shape[1]):
             word, word_gates = words[:, t], gates[:, t]
             if t and self.training and self.teacher_forcing < 1:

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from capgen_utils.compat import import_torchvision
 from capgen_utils.config import ClipGpt2Config
 from capgen_utils.files import CapGenError
-from capgen_utils.models.base import CaptionModel, Grouping, SharedState
+from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, SharedState
 from capgen_utils.models.layers import attend, attend_images, dropout, hide_words
-from capgen_utils.tensors import grid_sinusoids
 from capgen_utils.models.transformer import TransformerMemory
+from capgen_utils.tensors import grid_sinusoids
 
 
 def gpt2_config(config: ClipGpt2Config, vocabulary_size: int, **more: Any) -> Any:
@@ -124,24 +124,24 @@ class Gpt2Decoder(CaptionModel):
         """The state before the first token, one hypothesis an image."""
         heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
         computed = next(iter(memory.tensors().values()))  # its device and dtype are those of the cache
-        empty = computed.new_zeros(self.config.n_layer, memory.images, heads, 0, width)
-        return SharedState.new(memory, empty, empty)
+        return SharedState.new(memory, KeyValues.new(computed, self.config.n_layer, memory.images, heads, width))
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
         """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
-        keys, values = (F.pad(old, (0, 0, 0, 1)) for old in state.cache)  # room for one more position
-        x = self.embed(tokens[:, None], keys.shape[3] - 1)  # (M, 1, n_embd)
+        cache = state.cache[0].longer()
+        x = self.embed(tokens[:, None], cache.length - 1)  # (M, 1, n_embd)
         weights = {}
         for i in range(self.config.n_layer):
-            query, keys[i, :, :, -1:], values[i, :, :, -1:] = self.project_self(i, x)
-            x = self.add_self(i, x, query, keys[i], values[i], causal=False)
+            query, key, value = self.project_self(i, x)
+            keys, values = cache.put(i, key, value)
+            x = self.add_self(i, x, query, keys, values, causal=False)
             x, looked = self.add_image(i, x, state.memory, state.grouping, attention)
             x = self.add_feed(i, x)
             if looked is not None:
                 weights[f"layer{i}"] = looked[:, :, 0]
-        return self.logits(x[:, 0]), state.after(keys, values), weights
+        return self.logits(x[:, 0]), state.after(cache), weights
 
 
 class ImageAttention(nn.Module):
@@ -184,6 +184,7 @@ class ClipGpt2Captioner(Gpt2Decoder):
 
     name = "clip_gpt2"
     feature = "grid"
+    chunks = 2
 
     def __init__(
         self, config: ClipGpt2Config, vocabulary_size: int, feature_shape: tuple[int, ...], unk_id: int

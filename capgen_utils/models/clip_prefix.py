@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from capgen_utils.compat import import_torchvision
 from capgen_utils.config import ClipPrefixConfig
 from capgen_utils.files import CapGenError
-from capgen_utils.models.base import CaptionModel, Memory, SharedState
+from capgen_utils.models.base import CaptionModel, KeyValues, Memory, SharedState
 from capgen_utils.models.layers import DecoderLayer, attend, dropout, hide_words
 from capgen_utils.tensors import sinusoids
 
@@ -177,24 +177,21 @@ class ClipPrefixCaptioner(CaptionModel):
     def start(self, memory: PrefixMemory) -> SharedState:
         """The state before the first token, one hypothesis an image."""
         c = self.config
-        own = self._empty(memory.images, memory.prefix, c.n_decode, c.n_head, c.d_model)
-        return SharedState.new(memory, *own, *self._empty_tower(memory.images, memory.prefix))
+        own = KeyValues.new(memory.prefix, c.n_decode, memory.images, c.n_head, c.d_model // c.n_head)
+        return SharedState.new(memory, own, *self._empty_tower(memory.images, memory.prefix))
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
         """One position, earlier keys and values cached; see ``CaptionModel.step``. One image token: no weights."""
-        old_keys, old_values, *tower = state.cache
-        at = old_keys.shape[3]
-        x, tower_cache = self.embed(tokens[:, None], tuple(tower))
-        if not at:
+        cache, tower = state.cache[0].longer(), state.cache[1:]
+        x, tower_cache = self.embed(tokens[:, None], tower)
+        if cache.length == 1:
             x = state.memory.prefix[state.image, None]
-        x = x + self.position[at]  # (M, 1, d_model)
-        keys, values = [], []
+        x = x + self.position[cache.length - 1]  # (M, 1, d_model)
         for i, layer in enumerate(self.decoder_layers()):
             query, key, value = layer.project_self(x)
-            keys.append(torch.cat([old_keys[i], key], dim=2))
-            values.append(torch.cat([old_values[i], value], dim=2))
-            x = layer.add_self(x, query, keys[i], values[i], causal=False)
+            keys, values = cache.put(i, key, value)
+            x = layer.add_self(x, query, keys, values, causal=False)
             x = layer.add_feed(x)
-        return self.logits(x[:, 0]), state.after(torch.stack(keys), torch.stack(values), *tower_cache), {}
+        return self.logits(x[:, 0]), state.after(cache, *tower_cache), {}
