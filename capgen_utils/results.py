@@ -42,6 +42,11 @@ class Choosing:
     temperatures: tuple[float, ...] | None = None
     judge: DualEncoder | None = None
 
+    def describe(self) -> dict[str, Any]:
+        """Return what a protocol says of it."""
+        name = self.scorer.name if self.scorer is not None else None
+        return {"chosen_by": name, "temperatures": self.temperatures}
+
 
 def evaluate(
     bundle: Bundle,
@@ -85,28 +90,33 @@ def evaluate(
     references = {item.image: item.captions for item in part.items if item.image in captions}
     result = {
         "kind": "evaluation",
-        "model": bundle.info["model"],
-        "preset": bundle.info.get("preset"),
-        "parameters": sum(p.numel() for p in model.parameters()),
         "scores": scores(captions, references, manifest),
         "reranking": reranking(choosing, captions, candidates, references, manifest, vectors),
-        "protocol": protocol(manifest, split, references, decoding) | {
-            "encoder": encoder.name,
-            "chosen_by": choosing.scorer.name if choosing.scorer is not None else None,
-            "temperatures": choosing.temperatures,
-            "encoder_weights": bundle.info["encoder"]["weights_hash"],
-            "extraction_dtype": bundle.info["extraction_dtype"],
-            "seed": bundle.info.get("training", {}).get("seed"),
-            "revision": revision(),
-        },
-        "training": bundle.info.get("training"),
-        "training_run": bundle.info.get("training_run"),
-        "pretraining_run": bundle.info["encoder"].get("training_run"),
+        "protocol": protocol(manifest, split, references, decoding) | choosing.describe() | {"encoder": encoder.name},
         "captions_per_second": round(len(captions) / seconds, 2),
+    }
+    return Evaluation(captions, _with_facts(result, bundle))
+
+
+def _with_facts(result: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
+    """Add what is known of the captioner, its training and this machine."""
+    info = bundle.info
+    result["protocol"] |= {
+        "encoder_weights": info["encoder"]["weights_hash"],
+        "extraction_dtype": info["extraction_dtype"],
+        "seed": (info.get("training") or {}).get("seed"),
+        "revision": revision(),
+    }
+    return result | {
+        "model": info["model"],
+        "preset": info.get("preset"),
+        "parameters": sum(p.numel() for p in bundle.model.parameters()),
+        "training": info.get("training"),
+        "training_run": info.get("training_run"),
+        "pretraining_run": info["encoder"].get("training_run"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),
-    }  # fmt: skip
-    return Evaluation(captions, result)
+    }
 
 
 def chosen(

@@ -105,6 +105,7 @@ def _is_wordnet(folder: Path) -> bool:
     return all((folder / name).is_file() for name in [*names, "noun.exc", "verb.exc", "adj.exc", "adv.exc"])
 
 
+@lru_cache(maxsize=2)
 def _open_wordnet(folder: Path) -> WordNetCorpusReader:
     if str(folder) not in nltk.data.path:
         nltk.data.path.append(str(folder))  # nltk opens nothing that lies elsewhere
