@@ -15,7 +15,6 @@ from capgen_utils.config import SmallClipConfig
 from capgen_utils.encoders import (
     ATTENTION,
     CLIP_REMEDY,
-    START,
     ClipVision,
     Encoder,
     hash_tensors,
@@ -80,7 +79,6 @@ class DualEncoder(nn.Module):
             "pad_token_id": tokenizer.pad_id,
             "bos_token_id": tokenizer.start_id,
             "eos_token_id": tokenizer.end_id,
-            "initializer_factor": START,
         }
         settings: dict[str, Any] = {
             "text_config": text,
@@ -292,12 +290,17 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     return tokens
 
 
+SHARP, STRONG = 4.0, 2.0
+
+
 @torch.no_grad()
 def _initialise(clip: Any) -> None:
-    """Let words, image vectors and their places start at about unit size.
+    """Let words, image vectors and their places start at about unit size, and attention start out sharp.
 
-    CLIP's own beginning, with places of a fiftieth of that, learns what is in an image long before it learns where:
-    a few thousand images are too few for that.
+    CLIP's own beginning suits 12 layers and millions of pairs. With places of a fiftieth of unit size it learns what is
+    in an image long before it learns where. And where attention begins by looking everywhere alike, neither half knows
+    at first which colour stands to the left, so neither gains by learning it before the other does: with heads that
+    look at something in particular from the start, both learn it in a quarter of the steps.
     """
     text, vision = clip.text_model.embeddings, clip.vision_model.embeddings
     text.token_embedding.weight.normal_()
@@ -307,3 +310,12 @@ def _initialise(clip: Any) -> None:
     patches.normal_(std=patches[0].numel() ** -0.5)
     places, width = vision.position_embedding.weight.shape
     vision.position_embedding.weight[1:] = grid_sinusoids(places - 1, width)  # the first place is the class token's
+    for layer in (*clip.text_model.encoder.layers, *clip.vision_model.encoder.layers):
+        own = layer.self_attn
+        for projection, factor in (
+            (own.q_proj, SHARP),
+            (own.k_proj, SHARP),
+            (own.v_proj, STRONG),
+            (own.out_proj, STRONG),
+        ):
+            projection.weight.mul_(factor)

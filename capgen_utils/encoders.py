@@ -431,8 +431,6 @@ def as_picture(grid: Tensor) -> Tensor:
     return grid.transpose(1, 2).unflatten(2, (side, side))
 
 
-# The library's initial weights suit 12 layers: with two or three, all images would start with nearly the same vector.
-START = 2.0
 # Which of the library's ways to compute attention: backwards in bfloat16, its fused one is much slower on processors.
 ATTENTION = "eager"
 
@@ -475,7 +473,6 @@ def small_vision_config(sizes: SmallClipConfig, stem: Encoder) -> dict[str, Any]
         "num_channels": depth,
         "image_size": side,
         "patch_size": sizes.patch,
-        "initializer_factor": START,
     }
 
 

@@ -172,7 +172,8 @@ SHAPES = Preset(
     models={
         "show_tell": Recipe(ShowTellConfig(**_SHAPES_CNN, embed_size=256, hidden_size=512, num_layers=1, dropout=0.2)),
         "attend_tell": Recipe(
-            AttendTellConfig(**_SHAPES_CNN, dropout=0.1), training=replace(SHAPES_TRAINING, epochs=10)
+            AttendTellConfig(**_SHAPES_CNN, attention_size=128, dropout=0.1, doubly_stochastic=0.1),
+            training=replace(SHAPES_TRAINING, epochs=10),
         ),
         "transformer": Recipe(TransformerConfig(**_SHAPES_CNN, **_SHAPES_DECODER)),
         "clip_prefix": Recipe(
