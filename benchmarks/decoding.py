@@ -1,14 +1,14 @@
 """Our decoder beside the transformers library's ``generate``: one GPT-2, the same captions, captions per second.
 
 The GPT-2 (4 layers of 512, as many tokens as Flickr8k uses of GPT-2's table) learns made-up captions until it ends them
-by itself. A token in front of the start token stands for the image. Five captions of an image differ by synonyms and
+by itself. A token in the place of the start token stands for the image. Five captions of an image differ by synonyms and
 left out words; their lengths are spread like those of the captions that the captioner in data/ gives Flickr8k.
 """
 
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,20 +46,27 @@ class TokenGpt2(Gpt2Decoder):
         return ImageTokens(features)
 
     def start(self, memory: ImageTokens) -> SharedState:
-        """The state after the image's token."""
-        like = ImageTokens(memory.tokens.to(self.gpt2.wte.weight.dtype))
-        return self.step(memory.tokens, super().start(like))[1]
+        """The state before the first token."""
+        floats = ImageTokens(memory.tokens.to(self.gpt2.wte.weight.dtype))  # the dtype of the cache
+        return replace(super().start(floats), memory=memory)
+
+    def step(
+        self, tokens: Tensor, state: SharedState, attention: bool = False
+    ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
+        """The image's token takes the place of the start token."""
+        first = state.cache[0].length == 0
+        return super().step(state.memory.tokens[state.image] if first else tokens, state, attention)
 
 
 def made_up_captions(generator: random.Random) -> list[list[int]]:
-    """Return five captions of each image: its token, the start token, words, the end token."""
+    """Return five captions of each image: its token, words, the end token."""
     rows = []
     for image in range(IMAGES):
         length = min(max(round(generator.gauss(*LENGTHS)), 4), LONGEST - 4)
         meant = [WORD + 2 * generator.randrange(150) for _ in range(length)]
         for _ in range(5):
             said = [word + (generator.random() < 0.3) for word in meant if generator.random() < 0.95]
-            rows.append([IMAGE + image, START, *said, END])
+            rows.append([IMAGE + image, *said, END])
     return rows
 
 
@@ -76,9 +83,7 @@ def learn(device: torch.device) -> TokenGpt2:
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 10)
     for _ in range(LEARNING):
         tokens = padded(generator.sample(rows, 32)).to(device)
-        targets = tokens[:, 1:].masked_fill(tokens[:, 1:] < 0, IGNORED)
-        targets[:, 0] = IGNORED  # the start token is not said
-        tokens = tokens.clamp(min=0)
+        targets, tokens = tokens[:, 1:].masked_fill(tokens[:, 1:] < 0, IGNORED), tokens.clamp(min=0)
         with torch.autocast(device.type, dtype=choose_dtype(device)):
             memory, image = model.encode(tokens[:, 0]), torch.arange(len(tokens), device=device)
             loss = model.loss(memory, tokens[:, :-1], image, targets) / (targets != IGNORED).sum()
@@ -116,14 +121,14 @@ def ours(model: TokenGpt2, images: Tensor, beam: int, fixed: bool) -> list[list[
 
 def librarys(model: Any, images: Tensor, beam: int, fixed: bool) -> list[list[int]]:
     """Caption with the library's ``generate``."""
-    prompt = torch.stack([images, torch.full_like(images, START)], dim=1)
+    prompt = images[:, None]
     options = {"min_new_tokens": LONGEST - 1} if fixed else {}
     with torch.inference_mode():
         out = model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LONGEST, do_sample=False,
             num_beams=beam, length_penalty=1.0, early_stopping=False, **options,
         )  # fmt: skip
-    return [row[: row.index(END)] if END in row else row for row in out[:, 2:].tolist()]
+    return [row[: row.index(END)] if END in row else row for row in out[:, 1:].tolist()]
 
 
 def best_of(*works: Callable[[], Any]) -> list[float]:

@@ -17,9 +17,9 @@ from capgen_utils.batches import (
     epoch_batches,
     make_batch,
 )
-from capgen_utils.models import IGNORED, caption_loss
 from capgen_utils.config import TrainingConfig
 from capgen_utils.datasets import Item
+from capgen_utils.models import IGNORED, caption_loss
 from capgen_utils.text import WordTokenizer
 
 

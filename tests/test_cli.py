@@ -76,7 +76,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["train", "--preset", "flickr8k", "--data", "nowhere"], "nowhere"),
     (["train", "--preset", "folder"], "folder"),
     (["train", "--preset", "shapes", "--encoder-weights", "nowhere.pth"], "nowhere.pth"),
-    (["pretrain", "--preset", "flickr8k"], "pre-training"),
+    (["pretrain", "--preset", "flickr8k", "--data", "nowhere"], "nowhere"),
     (["download", "flickr9k"], "flickr8k"),
     (["evaluate", "--bundle", "nowhere"], "nowhere"),
     (["evaluate", "--bundle", "BUNDLE", "--dataset", "flickr9k"], "flickr8k"),
@@ -111,9 +111,6 @@ def test_errors_say_what_to_do_and_end_with_2(
     from capgen_utils import recipes
 
     monkeypatch.setattr(recipes, "pretrain_encoder", lambda *a: pytest.fail("began to train"))
-    if arguments[0] == "pretrain":
-        monkeypatch.undo()
-        monkeypatch.chdir(tmp_path)
     names = {"BUNDLE": str(bundle), "PHOTO": str(PHOTOS / "cat_on_deck.jpg")}
     code, _, err = run(capsys, *(names.get(a, a) for a in arguments))
     assert code == 2

@@ -291,7 +291,8 @@ def test_choosing_on_the_command_line(bundle: Path, tmp_path: Path) -> None:
     tiny_dual(new_shapes_cnn(64)).save(tmp_path / "judge")
     done = capgen(
         "evaluate", "--bundle", bundle, "--data", tmp_path / "shapes", "--output", tmp_path / "out", "--rerank",
-        "--temperatures", "0", "1", "--judge", tmp_path / "judge", "--name", "chosen", CAPGEN_DATA=str(tmp_path / "data"),
+        "--temperatures", "0", "1", "--judge", tmp_path / "judge", "--name", "chosen",
+        CAPGEN_DATA=str(tmp_path / "data"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "chosen.json").read_text())

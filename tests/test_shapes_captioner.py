@@ -23,7 +23,8 @@ from capgen_utils.features import find_cache
 pytestmark = pytest.mark.slow
 
 
-TRUE = {"clip_prefix": 0.90}  # it sees a single vector; all others reach 95 %
+# All reach 95 %, but the LSTM that reads the image once by so little that another processor may round it away.
+TRUE = {"show_tell": 0.93}
 
 
 @pytest.fixture(scope="session")
