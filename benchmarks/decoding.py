@@ -1,8 +1,8 @@
 """Our decoder beside the transformers library's ``generate``: one GPT-2, the same captions, captions per second.
 
 The GPT-2 (4 layers of 512, as many tokens as Flickr8k uses of GPT-2's table) learns made-up captions until it ends them
-by itself. A token in the place of the start token stands for the image. Five captions of an image differ by synonyms and
-left out words; their lengths are spread like those of the captions that the captioner in data/ gives Flickr8k.
+by itself. A token in the place of the start token stands for the image. Five captions of an image differ by synonyms
+and by words left out; their lengths are spread like those that the captioner in data/ gives Flickr8k's captions.
 """
 
 import random
