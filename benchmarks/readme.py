@@ -54,9 +54,12 @@ def flickr8k() -> str:
         scores, rules = result["scores"], result["protocol"]
         lines.append(
             row(
-                f"`{name}`", f"{result['parameters'] / 1e6:.1f} M", rules["encoder"],
+                f"`{name}`",
+                f"{result['parameters'] / 1e6:.1f} M",
+                rules["encoder"],
                 *(f"{scores[f'BLEU-{n}']:.1f}" for n in (1, 4)),
-                f"{scores['distinct']:.0f} of {rules['images']}", minutes(result["training_run"]),
+                f"{scores['distinct']:.0f} of {rules['images']}",
+                minutes(result["training_run"]),
             )  # fmt: skip
         )
     rules = found[0][1]["protocol"]
@@ -88,9 +91,11 @@ def shapes() -> str:
         scores = result["scores"]
         lines.append(
             row(
-                f"`{name}`", f"{result['parameters'] / 1e6:.1f} M",
+                f"`{name}`",
+                f"{result['parameters'] / 1e6:.1f} M",
                 *(f"{100 * scores[key]:.1f} %" for key in columns),
-                f"{scores['distinct']:.0f} of {result['protocol']['images']}", minutes(result["training_run"]),
+                f"{scores['distinct']:.0f} of {result['protocol']['images']}",
+                minutes(result["training_run"]),
             )  # fmt: skip
         )
     pretraining = next(r["pretraining_run"] for _, r in found if r["protocol"]["encoder"] == "shapes_cnn")
