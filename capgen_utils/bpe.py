@@ -239,6 +239,17 @@ def fit_tokenizer(kind: str, captions: Iterable[str], min_count: int = 5) -> Tok
     return BpeTokenizer.fit(captions, kind)
 
 
+def token_rows(kept: Tokenizer, wanted: Tokenizer) -> list[int] | None:
+    """Return the row in the vocabulary ``kept`` of each token of ``wanted``; ``None`` where it is no part of it."""
+    if kept.to_json() == wanted.to_json():
+        return list(range(len(kept)))
+    if isinstance(kept, BpeTokenizer) and isinstance(wanted, BpeTokenizer) and kept.family == wanted.family:
+        rows = {original: row for row, original in enumerate(kept.original_ids)}
+        if rows.keys() >= set(wanted.original_ids):
+            return [rows[original] for original in wanted.original_ids]
+    return None
+
+
 # --- from tables to the library's tokenizer --------------------------------------------------------------------------
 
 

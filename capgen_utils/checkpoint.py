@@ -78,7 +78,7 @@ class Bundle:
         if self.folder is not None and (self.folder / "encoder" / "text.safetensors").is_file():
             return DualEncoder.load(self.folder / "encoder", weights)
         name = self.info["encoder"]["name"]
-        return DualEncoder.from_pretrained(weights or f"openai/{name}") if name in CLIPS else None
+        return DualEncoder.published(name, weights) if name in CLIPS else None
 
 
 def require_scorer(bundle: Bundle, folder: Path | None = None, weights: Path | None = None) -> DualEncoder:

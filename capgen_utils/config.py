@@ -227,6 +227,9 @@ class ContrastiveConfig(TrainingConfig):
     Attributes:
         captions: captions of each image in a batch, chosen anew in every epoch.
         twins: false twins of each of these captions in the batch, where there are so many.
+        twin_weight: of the loss that compares captions with their twins alone.
+        reconstruction: weight of the loss of reading the stem's grid back from an image's vector; 0 leaves it out.
+        looking: epochs before all others in which the image half learns by that loss alone.
         temperature: of the softmax, at first; it is learned.
         feature_dropout: probability of hiding a number of the stem's grid.
         word_dropout: probability of leaving out a token of a caption.
@@ -234,6 +237,9 @@ class ContrastiveConfig(TrainingConfig):
 
     captions: int = 2
     twins: int = 1
+    twin_weight: float = 1.0
+    reconstruction: float = 0.0
+    looking: int = 0
     temperature: float = 0.07
     feature_dropout: float = 0.0
     word_dropout: float = 0.0

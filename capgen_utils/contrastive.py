@@ -29,6 +29,8 @@ from capgen_utils.training import Progress, learning_rate, make_optimizer, pack_
 from capgen_utils.twins import hard_negatives
 
 RANKS = (1, 5, 10)
+SAMPLE = 512  # images that say what is usual in the stem's grid
+FLOOR = 0.02  # share of all variance
 COLDEST = math.log(100)  # CLIP's bound of the logit scale
 
 
@@ -225,6 +227,51 @@ def _leave_out(ids: Sequence[int], probability: float, rng: np.random.Generator)
     return [i for i, keep in zip(ids, kept, strict=True) if keep]
 
 
+# --- keeping what stands where ----------------------------------------------------------------------------------------
+
+
+class Reconstruction(nn.Module):
+    """Reads the stem's grid back from an image's vector; needed while training alone.
+
+    A caption that says what stands to the left is of use only to an image half that knows places, and the other way
+    round, so left to themselves both wait for each other for a long time. A vector that tells what stands where needs
+    no captions to learn it (self-supervision beside CLIP, as in arXiv 2112.12750), and then the text half learns alone.
+
+    The grid is whitened first: else its loudest directions, colours say, would be all that is worth keeping.
+
+    Args:
+        dual: whose image vectors are read.
+        grids: (n, N, D), of some images: what is usual in the stem's grid.
+    """
+
+    mean: Tensor
+    whiten: Tensor
+    variance: Tensor
+
+    def __init__(self, dual: DualEncoder, grids: Tensor) -> None:
+        super().__init__()
+        self.patch = dual.clip.config.vision_config.patch_size
+        patches = self._patches(as_picture(grids.float())).flatten(0, 2)  # (n * patches, D)
+        self.register_buffer("mean", patches.mean(0), persistent=False)
+        covariance = (patches - self.mean).T.cov(correction=0)
+        values, directions = torch.linalg.eigh(covariance)
+        floor = FLOOR * values.sum()  # quieter directions are noise, and stay quiet
+        self.register_buffer("whiten", directions / (values.clamp(min=0) + floor).sqrt(), persistent=False)
+        self.register_buffer("variance", ((patches - self.mean) @ self.whiten).pow(2).mean(), persistent=False)
+        places = patches.shape[0] // len(grids)
+        self.read = nn.Linear(dual.images.outputs["embedding"][0], places * patches.shape[1])
+
+    def _patches(self, pictures: Tensor) -> Tensor:
+        """(B, D, side, side) -> the mean of each patch (B, side / patch, side / patch, D)."""
+        return F.avg_pool2d(pictures, self.patch).permute(0, 2, 3, 1)
+
+    def forward(self, vectors: Tensor, pictures: Tensor) -> Tensor:
+        """Return the share of the variance of ``pictures`` (B, D, side, side) that ``vectors`` (B, E) do not tell."""
+        target = ((self._patches(pictures) - self.mean) @ self.whiten).flatten(1)
+        found = self.read(vectors * vectors.shape[1] ** 0.5)  # numbers of about unit size
+        return (found.float() - target).pow(2).mean() / self.variance
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -252,13 +299,21 @@ class ContrastiveTrainer:
         self.dual, self.data, self.config, self.folder = dual.to(self.device), data.readable(), config, Path(folder)
         self.texts = Texts(self.data.train.items, dual, self.data.flipped is not None)
         self.weights = dual.clip.requires_grad_(True)
+        self.learners = nn.ModuleDict({"clip": self.weights})
+        if config.reconstruction:
+            grids = self.data.plain.rows([item.image for item in self.data.train.items[:SAMPLE]])
+            self.learners["reconstruction"] = Reconstruction(dual, grids).to(self.device)
         with torch.no_grad():
             self.weights.logit_scale.fill_(-math.log(config.temperature))
         self.average = {k: v.detach().clone() for k, v in self.weights.state_dict().items()}
-        self.optimizer = make_optimizer(self.weights, config)
+        self.optimizer = make_optimizer(self.learners, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
-        self.total_steps = math.ceil(len(self.data.train) / config.batch_images) * config.epochs
+        self.looking_steps, self.matching_steps = (
+            math.ceil(len(self.data.train) / config.batch_images) * epochs for epochs in (config.looking, config.epochs)
+        )
+        if config.looking and not config.reconstruction:
+            raise CapGenError("looking has nothing to learn by", "give reconstruction a weight above 0")
 
     def identity(self) -> str:
         """Hash of what must be the same for a checkpoint to be continued."""
@@ -276,7 +331,8 @@ class ContrastiveTrainer:
             CapGenError: the folder holds a run of other settings; or the loss is no longer finite.
         """
         self._resume()
-        bar = tqdm(total=self.total_steps, initial=self.progress.step, unit="step", desc=f"train {self.dual.name}")
+        total = self.looking_steps + self.matching_steps
+        bar = tqdm(total=total, initial=self.progress.step, unit="step", desc=f"train {self.dual.name}")
         while not self.progress.done:
             self._run_epoch(bar)
         bar.close()
@@ -298,10 +354,12 @@ class ContrastiveTrainer:
             losses.append(self._step(items, flips, rng))
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-        entry = {"epoch": progress.epoch + 1, "train_loss": sum(losses) / len(losses)} | self._evaluate()
+        entry: dict[str, float] = {"epoch": progress.epoch + 1, "train_loss": sum(losses) / len(losses)}
+        if not self._looking:
+            entry |= self._evaluate()
         progress.epoch += 1
-        waited = progress.epoch - 1 - progress.best_epoch
-        progress.done = progress.epoch >= self.config.epochs or waited >= self.config.patience
+        waited = progress.epoch - 1 - max(progress.best_epoch, self.config.looking)
+        progress.done = progress.epoch >= self.config.looking + self.config.epochs or waited >= self.config.patience
         progress.seconds += time.perf_counter() - started
         entry["seconds"] = round(progress.seconds, 1)
         progress.history.append(entry)
@@ -313,23 +371,41 @@ class ContrastiveTrainer:
         grid, flips = self._grid(items, flips)
         tokens, positive, pairs = self.texts.draw(items, flips, self.config, rng)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.progress.step, self.total_steps, self.config)
-        with self._autocast():
-            picture = F.dropout(as_picture(grid.to(self.device).float()), self.config.feature_dropout)
-            images = self.dual.images.look(picture)["embedding"]
-            texts = self.dual.read(tokens.to(self.device))
-        logits, positive = self.dual.logits(images, texts), positive.to(self.device)
-        loss = info_nce(logits, positive) + twin_loss(logits, positive, pairs.to(self.device))
+            group["lr"] = self._learning_rate()
+        pictures = as_picture(grid.to(self.device).float())
+        loss = self._loss(pictures, tokens.to(self.device), positive.to(self.device), pairs.to(self.device))
         if not math.isfinite(loss.item()):
             raise CapGenError(f"the loss is {loss.item()} at step {self.progress.step}", "lower the learning rate")
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.weights.parameters(), self.config.clip)
+        nn.utils.clip_grad_norm_(self.learners.parameters(), self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._after_step()
         return loss.item()
+
+    @property
+    def _looking(self) -> bool:
+        return self.progress.epoch < self.config.looking
+
+    def _learning_rate(self) -> float:
+        """Looking has a warm-up and a cosine of its own."""
+        if self._looking:
+            return learning_rate(self.progress.step, self.looking_steps, self.config)
+        return learning_rate(self.progress.step - self.looking_steps, self.matching_steps, self.config)
+
+    def _loss(self, pictures: Tensor, tokens: Tensor, positive: Tensor, pairs: Tensor) -> Tensor:
+        config = self.config
+        with self._autocast():
+            images = self.dual.images.look(F.dropout(pictures, config.feature_dropout))["embedding"]
+            lost = self.learners["reconstruction"](images, pictures) if config.reconstruction else 0.0
+            if self._looking:
+                return lost  # type: ignore[return-value]
+            texts = self.dual.read(tokens)
+        logits = self.dual.logits(images, texts)
+        matched = info_nce(logits, positive) + config.twin_weight * twin_loss(logits, positive, pairs)
+        return matched + config.reconstruction * lost
 
     def _grid(self, items: Sequence[Item], flips: Sequence[bool]) -> tuple[Tensor, list[bool]]:
         """Return the stem's grid of each view; an image none of whose captions may be mirrored is taken as it is."""
@@ -365,7 +441,7 @@ class ContrastiveTrainer:
         return result
 
     def _save(self) -> None:
-        tensors = {f"model.{k}": v for k, v in self.weights.state_dict().items()}
+        tensors = {f"model.{k}": v for k, v in self.learners.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         tensors |= pack_optimizer(self.optimizer)
         progress = asdict(self.progress) | {"identity": self.identity(), "scaler": self.scaler.state_dict()}
@@ -380,7 +456,7 @@ class ContrastiveTrainer:
         tensors, progress = load_checkpoint(path)
         if progress.pop("identity") != self.identity():
             raise CapGenError(f"{self.folder} holds a run with other settings or other data", f"delete {self.folder}")
-        self.weights.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.learners.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         self.average = {k[8:]: v.to(self.device) for k, v in tensors.items() if k.startswith("average.")}
         unpack_optimizer(self.optimizer, tensors)
         if scaler := progress.pop("scaler"):

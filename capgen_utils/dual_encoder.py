@@ -15,6 +15,7 @@ from capgen_utils.config import SmallClipConfig
 from capgen_utils.encoders import (
     ATTENTION,
     CLIP_REMEDY,
+    CLIPS,
     ClipVision,
     Encoder,
     hash_tensors,
@@ -114,6 +115,23 @@ class DualEncoder(nn.Module):
                 CLIP_REMEDY,
             )
         return cls(clip, published_clip(clip, Path(source).name), tokenizer, str(source))
+
+    @classmethod
+    def published(cls, name: str, weights: Path | None = None) -> "DualEncoder":
+        """Load the published CLIP ``name``, a key of ``encoders.CLIPS``.
+
+        Args:
+            name: what its image half is called too, wherever the weights come from.
+            weights: a local folder in the hub's layout; else the hub's own is taken.
+
+        Raises:
+            CapGenError: it can be neither found nor downloaded, or is another CLIP.
+        """
+        dual = cls.from_pretrained(weights or f"openai/{name}")
+        if dual.images.outputs != CLIPS[name]:
+            raise CapGenError(f"{dual.source} is a CLIP, but not {name}", CLIP_REMEDY)
+        dual.images.name = name
+        return dual
 
     # --- from images and texts to vectors ----------------------------------------------------------------------------
 
@@ -290,17 +308,16 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     return tokens
 
 
-SHARP, STRONG = 4.0, 2.0
+SHARP = 2.0  # factor of the library's standard deviations
 
 
 @torch.no_grad()
 def _initialise(clip: Any) -> None:
-    """Let words, image vectors and their places start at about unit size, and attention start out sharp.
+    """Let words, image vectors and their places start at about unit size, and the reader's attention start out sharp.
 
     CLIP's own beginning suits 12 layers and millions of pairs. With places of a fiftieth of unit size it learns what is
-    in an image long before it learns where. And where attention begins by looking everywhere alike, neither half knows
-    at first which colour stands to the left, so neither gains by learning it before the other does: with heads that
-    look at something in particular from the start, both learn it in a quarter of the steps.
+    in an image long before it learns where. And a reader whose heads begin by looking at all words alike learns late
+    which colour was said of which thing.
     """
     text, vision = clip.text_model.embeddings, clip.vision_model.embeddings
     text.token_embedding.weight.normal_()
@@ -310,12 +327,7 @@ def _initialise(clip: Any) -> None:
     patches.normal_(std=patches[0].numel() ** -0.5)
     places, width = vision.position_embedding.weight.shape
     vision.position_embedding.weight[1:] = grid_sinusoids(places - 1, width)  # the first place is the class token's
-    for layer in (*clip.text_model.encoder.layers, *clip.vision_model.encoder.layers):
+    for layer in clip.text_model.encoder.layers:
         own = layer.self_attn
-        for projection, factor in (
-            (own.q_proj, SHARP),
-            (own.k_proj, SHARP),
-            (own.v_proj, STRONG),
-            (own.out_proj, STRONG),
-        ):
-            projection.weight.mul_(factor)
+        for projection in (own.q_proj, own.k_proj, own.v_proj, own.out_proj):
+            projection.weight.mul_(SHARP)

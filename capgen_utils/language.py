@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from capgen_utils.batches import TrainingData
-from capgen_utils.bpe import BpeTokenizer, fit_tokenizer, tokenizer_from_json
+from capgen_utils.bpe import fit_tokenizer, token_rows, tokenizer_from_json
 from capgen_utils.compat import import_torchvision
 from capgen_utils.config import ClipGpt2Config, data_dir
 from capgen_utils.datasets import Manifest, load_dataset
@@ -135,18 +135,10 @@ def initialise(model: CaptionModel, preset: Preset, tokenizer: Tokenizer, root: 
         return
     folder = pretrain_language_model(preset, root)
     kept = tokenizer_from_json(read_json(folder / "tokenizer.json", _make_again(folder)))
-    load_language_model(model, folder, _token_rows(kept, tokenizer, folder))
-
-
-def _token_rows(kept: Tokenizer, wanted: Tokenizer, folder: Path) -> list[int]:
-    """Return the row in the vocabulary ``kept`` of each token of ``wanted``, which may be a part of it."""
-    if kept.to_json() == wanted.to_json():
-        return list(range(len(kept)))
-    if isinstance(kept, BpeTokenizer) and isinstance(wanted, BpeTokenizer) and kept.family == wanted.family:
-        rows = {original: row for row, original in enumerate(kept.original_ids)}
-        if rows.keys() >= set(wanted.original_ids):
-            return [rows[original] for original in wanted.original_ids]
-    raise CapGenError(f"the language model in {folder} was trained on another vocabulary", _make_again(folder))
+    rows = token_rows(kept, tokenizer)
+    if rows is None:
+        raise CapGenError(f"the language model in {folder} was trained on another vocabulary", _make_again(folder))
+    load_language_model(model, folder, rows)
 
 
 def _make_again(folder: Path) -> str:

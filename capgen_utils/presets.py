@@ -157,12 +157,13 @@ _MINI: dict[str, Any] = {
 _LITE0: dict[str, Any] = {"cnn_backbone": "efficientnet_lite0", "seq_len": 26}
 
 _SHAPES_CLIP = SmallClipConfig(
-    embed_size=256, patch=2, vision_width=128, vision_layers=2, vision_heads=4, text_width=128, text_layers=2,
-    text_heads=4, seq_len=32,
+    embed_size=512, patch=2, vision_width=256, vision_layers=3, vision_heads=16, text_width=128, text_layers=2,
+    text_heads=8, seq_len=32,
 )  # fmt: skip
 _SHAPES_CONTRASTIVE = ContrastiveConfig(
-    epochs=16, batch_images=64, learning_rate=1e-3, weight_decay=0.01, average=0.99, patience=16
-)
+    epochs=12, batch_images=32, learning_rate=1e-3, weight_decay=0.01, average=0.99, patience=16, captions=2, twins=4,
+    twin_weight=2.0, reconstruction=5.0, looking=8,
+)  # fmt: skip
 
 SHAPES = Preset(
     name="shapes",

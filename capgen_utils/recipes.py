@@ -1,7 +1,7 @@
 """From a preset to a trained captioner: data, encoder, features, vocabulary, training, in the order they depend on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,17 @@ import torch
 from accelerate import PartialState
 
 from capgen_utils.batches import TrainingData
-from capgen_utils.bpe import fit_tokenizer
+from capgen_utils.bpe import fit_tokenizer, token_rows
 from capgen_utils.config import TrainingConfig, choose_device, choose_dtype
 from capgen_utils.contrastive import dual_encoder_folder, pretrain_dual_encoder
 from capgen_utils.datasets import Manifest, load_dataset
 from capgen_utils.dual_encoder import DualEncoder
-from capgen_utils.encoders import Encoder, build_encoder
+from capgen_utils.encoders import CLIPS, Encoder, build_encoder
 from capgen_utils.features import extract
 from capgen_utils.files import CapGenError
 from capgen_utils.language import fit_config, initialise
-from capgen_utils.models import build_model, feature_of
+from capgen_utils.models import CaptionModel, build_model, feature_of
+from capgen_utils.models.clip_prefix import ClipPrefixCaptioner
 from capgen_utils.presets import SMALL_CLIP, Preset, Recipe
 from capgen_utils.pretraining import encoder_folder, pretrain_encoder
 from capgen_utils.text import Tokenizer
@@ -90,6 +91,10 @@ def _encoder(
     preset: Preset, recipe: Recipe, root: Path | None, weights: Path | None
 ) -> tuple[Encoder, DualEncoder | None]:
     """The recipe's encoder, and the CLIP that it is half of; what has to be trained here for it is trained first."""
+    if recipe.encoder in CLIPS and recipe.tokenizer == "clip":  # it starts from the words of the text half
+        with PartialState().main_process_first():
+            scorer = DualEncoder.published(str(recipe.encoder), weights).to(choose_device())
+            return scorer.images, scorer
     if recipe.encoder == SMALL_CLIP:
         folder = dual_encoder_folder(preset)
         _refuse_to_share(folder, preset)
@@ -113,6 +118,31 @@ def _refuse_to_share(folder: Path, preset: Preset) -> None:
     if PartialState().num_processes > 1 and not (folder / "model.safetensors").is_file():
         raise CapGenError(
             f"the encoder in {folder} is not trained yet", f"run first: capgen pretrain --preset {preset.name}"
+        )
+
+
+def _fit_tower(config: Any, clip: DualEncoder | None) -> Any:
+    """Return a captioner's hyperparameters, with the sizes of the text tower that it is going to read words by."""
+    if clip is None or getattr(config, "text_inputs", "") != "tower":
+        return config
+    text = clip.clip.config.text_config
+    return replace(
+        config, tower_layers=text.num_hidden_layers, tower_width=text.hidden_size,
+        tower_heads=text.num_attention_heads, tower_positions=text.max_position_embeddings,
+    )  # fmt: skip
+
+
+def _start_from_clip(model: CaptionModel, prepared: Prepared) -> None:
+    """Let a captioner that starts from CLIP's words start from those of the CLIP that it sees by."""
+    clip = prepared.scorer
+    if not isinstance(model, ClipPrefixCaptioner) or clip is None:
+        return
+    rows = token_rows(clip.tokenizer, prepared.tokenizer)
+    if rows is not None:
+        model.start_from(clip.clip.text_model, rows)
+    elif model.tower is not None:
+        raise CapGenError(
+            f"{clip.name} reads other tokens than the captioner", "read learned words (text_inputs), or train it again"
         )
 
 
@@ -147,8 +177,10 @@ def make_trainer(
         raise CapGenError(
             f"what was prepared is not what {model_name} reads", f"call prepare(preset, model={model_name!r})"
         )
+    config = _fit_tower(config, prepared.scorer)
     model = build_model(model_name, config, prepared.tokenizer, shape)
     initialise(model, prepared.preset, prepared.tokenizer, prepared.root)
+    _start_from_clip(model, prepared)
     return Trainer(
         model_name, model, prepared.tokenizer, prepared.data, prepared.encoder, training,
         recipe.decoding or prepared.preset.decoding, folder, prepared.preset.name, prepared.dtype, trackers,

@@ -58,14 +58,14 @@ def hard_negatives(caption: str) -> list[str]:
     """Return the false twins of ``caption``, each differing in one swap or one turn; often there are none.
 
     - Two different colours change places, where each stands before a thing of its own: not in "a black and white
-      dog", and not in "a black dog and a brown dog", whose twin would say the same.
+      dog", and not in "a black dog and a brown dog", whose twin would say the same. And so do the two things.
     - One word becomes its opposite: left and right, above and below, large and small, man and woman ...
     """
     words = [_Word(m.group().lower(), *m.span()) for m in _WORD.finditer(caption)]
-    return list(dict.fromkeys([*_swapped_colours(caption, words), *_turned(caption, words)]))
+    return list(dict.fromkeys([*_swapped(caption, words), *_turned(caption, words)]))
 
 
-def _swapped_colours(caption: str, words: Sequence[_Word]) -> Iterator[str]:
+def _swapped(caption: str, words: Sequence[_Word]) -> Iterator[str]:
     things = {}
     for place, (word, following) in enumerate(zip(words, words[1:], strict=False)):
         thing = following.text.removesuffix("s")
@@ -73,9 +73,16 @@ def _swapped_colours(caption: str, words: Sequence[_Word]) -> Iterator[str]:
         if word.text in COLOURS and not apart and not {following.text, thing} & (COLOURS | _NO_THING):
             things[place] = thing
     for first, second in combinations(things, 2):
-        one, two = words[first], words[second]
-        if one.text != two.text and things[first] != things[second]:
-            yield _replace(caption, (one, two.text), (two, one.text))
+        if words[first].text == words[second].text or things[first] == things[second]:
+            continue
+        yield _exchanged(caption, words[first], words[second])
+        one, two = words[first + 1], words[second + 1]
+        if one.text.endswith("s") == two.text.endswith("s"):  # "two black dogs" stay plural
+            yield _exchanged(caption, one, two)
+
+
+def _exchanged(caption: str, one: _Word, two: _Word) -> str:
+    return _replace(caption, (one, two.text), (two, one.text))
 
 
 def _turned(caption: str, words: Sequence[_Word]) -> Iterator[str]:

@@ -9,11 +9,12 @@ import torch
 
 from capgen_utils import Captioner, shapes
 from capgen_utils.checkpoint import load_bundle
-from capgen_utils.config import DecodingConfig
+from capgen_utils.config import ClipPrefixConfig, ContrastiveConfig, DecodingConfig, SmallClipConfig
 from capgen_utils.files import CapGenError
-from capgen_utils.presets import PRESETS, Preset, Recipe
+from capgen_utils.models.clip_prefix import ClipPrefixCaptioner
+from capgen_utils.presets import PRESETS, SMALL_CLIP, ClipRecipe, Preset, Recipe
 from capgen_utils.pretraining import pretrain_encoder
-from capgen_utils.recipes import make_trainer, prepare
+from capgen_utils.recipes import Prepared, make_trainer, prepare
 from capgen_utils.text import tokenise
 
 
@@ -89,3 +90,64 @@ def test_only_some_encoders_are_trained_here() -> None:
 def test_a_model_that_the_preset_does_not_know() -> None:
     with pytest.raises(CapGenError, match="transformer"):
         PRESETS["shapes"].recipe("lstm9000")
+
+
+# --- CLIP's words -----------------------------------------------------------------------------------------------------
+
+SEEN = SmallClipConfig(
+    embed_size=16, patch=4, vision_width=16, vision_layers=1, vision_heads=2, text_width=24, text_layers=2,
+    text_heads=2, seq_len=30,
+)  # fmt: skip
+
+
+@pytest.fixture
+def with_clip(small: tuple[Path, Preset], monkeypatch: pytest.MonkeyPatch) -> Prepared:
+    """What a CLIP prefix captioner needs, its small CLIP included."""
+    folder, preset = small
+    monkeypatch.setenv("CAPGEN_DATA", str(folder / "data"))
+    config = ClipPrefixConfig(seq_len=26, d_model=24, n_decode=1, n_head=2, fc_dim=32)
+    models = {"clip_prefix": Recipe(config, SMALL_CLIP, "clip")}
+    clip = ClipRecipe(SEEN, ContrastiveConfig(epochs=1, batch_images=8, dtype="fp32"))
+    return prepare(replace(preset, models=models, clip=clip), folder / "shapes", model="clip_prefix")
+
+
+def captioner_of(prepared: Prepared, folder: Path, **changes: object) -> ClipPrefixCaptioner:
+    config = replace(prepared.recipe.config, **changes)
+    model = make_trainer(prepared, "clip_prefix", folder, model_config=config).model
+    assert isinstance(model, ClipPrefixCaptioner)
+    return model
+
+
+def test_a_clip_prefix_starts_from_its_clips_words(with_clip: Prepared, tmp_path: Path) -> None:
+    assert with_clip.scorer is not None and with_clip.scorer.images is with_clip.encoder
+    table = with_clip.scorer.clip.text_model.embeddings.token_embedding.weight
+    own = captioner_of(with_clip, tmp_path).embedding.weight.detach()
+    torch.testing.assert_close(own / own.std(), table / table.std())
+    assert own.std() == pytest.approx(24**-0.5, rel=1e-4) 
+    # Into another width angles are kept, as well as it allows: exactly, where it is wider.
+    wider = captioner_of(with_clip, tmp_path, d_model=48).embedding.weight.detach()
+    cosines = torch.nn.functional.cosine_similarity
+    torch.testing.assert_close(
+        cosines(wider[:5, None], wider[None, 5:9], dim=2), cosines(table[:5, None], table[None, 5:9], dim=2)
+    )
+
+
+def test_or_reads_them_by_its_clips_frozen_tower(with_clip: Prepared, tmp_path: Path) -> None:
+    assert with_clip.scorer is not None
+    model = captioner_of(with_clip, tmp_path, text_inputs="tower")
+    assert model.tower is not None and not any(p.requires_grad for p in model.tower.parameters())
+    assert (model.config.tower_layers, model.config.tower_width, model.config.tower_positions) == (2, 24, 30)
+    captions = [list(with_clip.manifest.split("dev").captions())[0]]
+    tokens = with_clip.scorer.tokens(captions)
+    empty = torch.zeros(2, 1, 2, 0, 12)
+    hidden, _, _ = model.tower(tokens, empty, empty)
+    expected = with_clip.scorer.clip.text_model(input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tower_of_other_sizes_is_refused(with_clip: Prepared) -> None:
+    assert with_clip.scorer is not None
+    config = replace(with_clip.recipe.config, text_inputs="tower", tower_layers=1, tower_width=24, tower_heads=2)
+    model = ClipPrefixCaptioner(config, len(with_clip.tokenizer), (16,), 0)
+    with pytest.raises(CapGenError, match="other sizes"):
+        model.start_from(with_clip.scorer.clip.text_model, range(len(with_clip.tokenizer)))

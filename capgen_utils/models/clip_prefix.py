@@ -1,8 +1,9 @@
 """CLIP prefix: the image's CLIP embedding stands where the start token would, and self-attention does the rest
 (as ClipCap, arXiv 2111.09734, with a decoder trained from scratch)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,19 @@ class TextTower(nn.Module):
     def train(self, mode: bool = True) -> "TextTower":
         """Stay in eval mode: the tower is frozen."""
         return super().train(False)
+
+    def load(self, text: Any, table: Tensor) -> None:
+        """Take the weights of the library's ``text`` tower, with ``table`` (V, width) as its token embedding.
+
+        Raises:
+            CapGenError: it has other sizes.
+        """
+        own = getattr(self.clip, "text_model", self.clip)
+        weights = text.state_dict() | {"embeddings.token_embedding.weight": table}
+        sizes = {key: value.shape for key, value in own.state_dict().items()}
+        if {key: value.shape for key, value in weights.items() if key in sizes} != sizes:
+            raise CapGenError("CLIP's text tower has other sizes than the captioner's", "set tower_* to its sizes")
+        own.load_state_dict({key: weights[key] for key in sizes})
 
     def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read tokens (M, T) after those in the cache.
@@ -132,6 +146,28 @@ class ClipPrefixCaptioner(CaptionModel):
             for last in layer.last_linears():  # so that the sum of all layers stays small
                 nn.init.normal_(last.weight, std=(2 * self.config.n_decode * last.in_features) ** -0.5)
         nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+
+    def start_from(self, text_model: Any, rows: Sequence[int]) -> None:
+        """Read words as a trained CLIP does: its token table becomes the embedding, and its tower the tower, if any.
+
+        The table is brought to the size of an untrained embedding; into another width it is turned by a random
+        orthonormal matrix, which keeps angles as well as that width allows.
+
+        Args:
+            text_model: the library's ``CLIPTextTransformer`` or ``CLIPTextModel``, of the tower's sizes.
+            rows: for each token the row in its table.
+
+        Raises:
+            CapGenError: the tower has other sizes.
+        """
+        text = getattr(text_model, "text_model", text_model)
+        table = text.embeddings.token_embedding.weight.detach()[torch.tensor(rows)].float()
+        if self.tower is not None:
+            self.tower.load(text, table)
+        if table.shape[1] != self.config.d_model:
+            table = table @ nn.init.orthogonal_(table.new_empty(table.shape[1], self.config.d_model))
+        with torch.no_grad():
+            self.embedding.weight.copy_(table / table.std() * self.config.d_model**-0.5)
 
     def decoder_layers(self) -> list[DecoderLayer]:
         """Return the layers from the first to the last."""
