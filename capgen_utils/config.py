@@ -230,6 +230,7 @@ class ContrastiveConfig(TrainingConfig):
         twin_weight: of the loss that compares captions with their twins alone.
         reconstruction: weight of the loss of reading the stem's grid back from an image's vector; 0 leaves it out.
         looking: epochs before all others in which the image half learns by that loss alone.
+        captioning: weight of the loss of saying an image's captions from its vector; 0 leaves it out.
         temperature: of the softmax, at first; it is learned.
         feature_dropout: probability of hiding a number of the stem's grid.
         word_dropout: probability of leaving out a token of a caption.
@@ -240,6 +241,7 @@ class ContrastiveConfig(TrainingConfig):
     twin_weight: float = 1.0
     reconstruction: float = 0.0
     looking: int = 0
+    captioning: float = 0.0
     temperature: float = 0.07
     feature_dropout: float = 0.0
     word_dropout: float = 0.0

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,15 @@ from tqdm.auto import tqdm
 from capgen_utils.batches import TrainingData, captions_of, epoch_batches
 from capgen_utils.bpe import fit_tokenizer
 from capgen_utils.checkpoint import load_checkpoint, save_checkpoint
-from capgen_utils.config import ContrastiveConfig, choose_device, choose_dtype, data_dir
+from capgen_utils.config import ClipPrefixConfig, ContrastiveConfig, choose_device, choose_dtype, data_dir
 from capgen_utils.datasets import Item, Manifest, load_dataset
 from capgen_utils.dual_encoder import DualEncoder, pad
 from capgen_utils.encoders import as_picture
 from capgen_utils.features import FeatureCache, extract
 from capgen_utils.files import CapGenError, fingerprint, write_text
 from capgen_utils.machine import machine
+from capgen_utils.models.base import IGNORED
+from capgen_utils.models.clip_prefix import ClipPrefixCaptioner
 from capgen_utils.presets import Preset
 from capgen_utils.pretraining import preset_encoder
 from capgen_utils.training import Progress, learning_rate, make_optimizer, pack_optimizer, unpack_optimizer
@@ -272,6 +275,21 @@ class Reconstruction(nn.Module):
         return (found.float() - target).pow(2).mean() / self.variance
 
 
+def speaker(dual: DualEncoder) -> ClipPrefixCaptioner:
+    """Return an untrained captioner that says captions from an image's vector; needed while training alone.
+
+    Comparing teaches a vector what tells its image from the others in the batch. Saying teaches it to hold all that a
+    caption says, in a form that can be read off (CoCa, arXiv 2205.01917).
+    """
+    text = dual.clip.config.text_config
+    config = ClipPrefixConfig(
+        seq_len=text.max_position_embeddings, d_model=text.hidden_size, n_decode=2, n_head=text.num_attention_heads,
+        fc_dim=text.intermediate_size,
+    )  # fmt: skip
+    unknown = getattr(dual.tokenizer, "unk_id", dual.tokenizer.pad_id)
+    return ClipPrefixCaptioner(config, len(dual.tokenizer), dual.images.outputs["embedding"], unknown)
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +321,8 @@ class ContrastiveTrainer:
         if config.reconstruction:
             grids = self.data.plain.rows([item.image for item in self.data.train.items[:SAMPLE]])
             self.learners["reconstruction"] = Reconstruction(dual, grids).to(self.device)
+        if config.captioning:
+            self.learners["speaker"] = speaker(dual).to(self.device)
         with torch.no_grad():
             self.weights.logit_scale.fill_(-math.log(config.temperature))
         self.average = {k: v.detach().clone() for k, v in self.weights.state_dict().items()}
@@ -403,9 +423,18 @@ class ContrastiveTrainer:
             if self._looking:
                 return lost  # type: ignore[return-value]
             texts = self.dual.read(tokens)
+            said = self._say(images, tokens, positive) if config.captioning else 0.0
         logits = self.dual.logits(images, texts)
         matched = info_nce(logits, positive) + config.twin_weight * twin_loss(logits, positive, pairs)
-        return matched + config.reconstruction * lost
+        return matched + config.reconstruction * lost + config.captioning * said
+
+    def _say(self, images: Tensor, tokens: Tensor, positive: Tensor) -> Tensor:
+        """Return the cross-entropy of each image's captions, in nats a token, as a mean over all tokens."""
+        image, column = positive.nonzero(as_tuple=True)
+        inputs, targets = tokens[column, :-1], tokens[column, 1:]
+        targets = targets.masked_fill(targets == self.dual.tokenizer.pad_id, IGNORED)
+        own: Any = self.learners["speaker"]
+        return own.loss(own.encode(images), inputs, image, targets) / (targets != IGNORED).sum()
 
     def _grid(self, items: Sequence[Item], flips: Sequence[bool]) -> tuple[Tensor, list[bool]]:
         """Return the stem's grid of each view; an image none of whose captions may be mirrored is taken as it is."""

@@ -161,8 +161,8 @@ _SHAPES_CLIP = SmallClipConfig(
     text_heads=8, seq_len=32,
 )  # fmt: skip
 _SHAPES_CONTRASTIVE = ContrastiveConfig(
-    epochs=12, batch_images=32, learning_rate=1e-3, weight_decay=0.01, average=0.99, patience=16, captions=2, twins=4,
-    twin_weight=2.0, reconstruction=5.0, looking=8,
+    epochs=16, batch_images=32, learning_rate=1e-3, weight_decay=0.05, average=0.99, patience=16, captions=2, twins=4,
+    twin_weight=2.0, reconstruction=5.0, looking=8, captioning=2.0, feature_dropout=0.1,
 )  # fmt: skip
 
 SHAPES = Preset(

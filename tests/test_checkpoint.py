@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PHOTOS, run_python, save_tiny_bundle, tiny_encoder, tiny_model, tiny_tokenizer
+from helpers import (
+    PHOTOS,
+    VARIANTS,
+    run_python,
+    save_tiny_bundle,
+    tiny_encoder,
+    tiny_model,
+    tiny_shape,
+    tiny_tokenizer,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,7 +29,9 @@ from capgen_utils import checkpoint, tensors
 from capgen_utils.captioner import Captioner
 from capgen_utils.checkpoint import Bundle, bundle_info, load_bundle, save_bundle
 from capgen_utils.config import DecodingConfig
+from capgen_utils.encoders import Encoder, Preprocessing
 from capgen_utils.files import CapGenError
+from capgen_utils.models import MODELS
 
 PHOTO = PHOTOS / "cat_on_deck.jpg"
 
@@ -69,6 +80,20 @@ def test_a_bundle_comes_back_as_it_was(original: Path) -> None:
     assert sorted(p.relative_to(original).as_posix() for p in original.rglob("*") if p.is_file()) == [
         "config.json", "encoder/config.json", "encoder/model.safetensors", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MODELS, *VARIANTS])
+def test_every_captioner_comes_back_whole(tmp_path: Path, name: str) -> None:
+    model, tokenizer = tiny_model(name), tiny_tokenizer()
+    seen = {model.feature: tiny_shape(name)}
+    encoder = Encoder("tiny", torch.nn.Identity(), Preprocessing(), seen)
+    info = bundle_info(VARIANTS.get(name, (name,))[0], model, encoder, torch.float32, DecodingConfig(), "shapes")
+    save_bundle(tmp_path / "b", Bundle(model, tokenizer, info), encoder)
+    loaded = load_bundle(tmp_path / "b").model.to("cpu")
+    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    features, tokens = torch.randn(2, *tiny_shape(name)), torch.tensor([[2, 5, 6], [2, 7, 8]])
+    said = [m(m.encode(features), tokens, torch.arange(2)) for m in (model.half().float(), loaded)]
+    torch.testing.assert_close(*said)
 
 
 def test_a_fresh_process_says_the_same(original: Path) -> None:

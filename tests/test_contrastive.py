@@ -339,6 +339,35 @@ def test_an_image_half_that_only_looks_learns_what_stands_where_and_no_words(tmp
     assert not trainer.weights.text_projection.weight.equal(before["text_projection.weight"])
 
 
+@pytest.mark.usefixtures("known_stem")
+def test_a_vector_from_which_captions_are_said_learns_to_hold_them(tmp_path: Path) -> None:
+    trainer = tiny_run(tmp_path, epochs=40, captioning=1.0)
+    said: list[float] = []
+    say = ContrastiveTrainer._say
+
+    def heard(self: ContrastiveTrainer, images: Tensor, tokens: Tensor, positive: Tensor) -> Tensor:
+        value = say(self, images, tokens, positive)
+        own: Any = self.learners["speaker"]
+        losses = []  # caption by caption, without padding
+        for image, column in positive.nonzero().tolist():
+            ids = [i for i in tokens[column].tolist() if i != self.dual.tokenizer.pad_id]
+            memory = own.encode(images[image : image + 1])
+            scores = own(memory, torch.tensor([ids[:-1]]), torch.tensor([0]))[0].log_softmax(-1)
+            losses += [-scores[place, word] for place, word in enumerate(ids[1:])]
+        if not own.training and not said:
+            torch.testing.assert_close(value, torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
+        said.append(value.item())
+        return value
+
+    trainer.learners.eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ContrastiveTrainer, "_say", heard)
+        best = trainer.train()
+    assert sum(said[-4:]) < 0.6 * sum(said[:4])
+    assert not any("speaker" in key for key in best.clip.state_dict())
+    assert not list((tmp_path / "run" / "best").rglob("*speaker*"))
+
+
 def test_looking_needs_something_to_learn_by(tmp_path: Path) -> None:
     with pytest.raises(CapGenError, match="nothing to learn by"):
         tiny_run(tmp_path, looking=2)
@@ -351,7 +380,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
 ) -> None:
     options: dict[str, Any] = {"flip": flip, "epochs": 4, "feature_dropout": 0.3, "word_dropout": 0.2}
     if flip:
-        options |= {"epochs": 3, "looking": 1, "reconstruction": 0.5}
+        options |= {"epochs": 3, "looking": 1, "reconstruction": 0.5, "captioning": 0.5}
     whole = tiny_run(tmp_path, "whole", **options).train()
     stopped = tiny_run(tmp_path, "stopped", **options)
 

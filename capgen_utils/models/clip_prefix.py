@@ -50,6 +50,8 @@ class TextTower(nn.Module):
                 pad_token_id=None,
             )  # fmt: skip
         ).eval()
+        # Places are passed in; the library's own, which no file holds, would stay unmade where a bundle is loaded.
+        getattr(self.clip, "text_model", self.clip).embeddings.register_buffer("position_ids", None, persistent=False)
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TextTower":
