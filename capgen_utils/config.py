@@ -104,6 +104,8 @@ class ClipPrefixConfig:
 
     Attributes:
         seq_len, d_model, n_decode, n_head, fc_dim, dropout, word_dropout: see ``TransformerConfig``.
+        noise: standard deviation of the noise that is added to the image's numbers, of about unit size, while training.
+            A single vector names an image so well that a decoder can learn each image's captions by heart.
         text_inputs: ``learned``: an embedding table; ``tower``: the hidden states of CLIP's frozen text tower.
         tower_layers, tower_width, tower_heads, tower_positions: sizes of that tower.
     """
@@ -115,6 +117,7 @@ class ClipPrefixConfig:
     fc_dim: int = 2048
     dropout: float = 0.1
     word_dropout: float = 0.0
+    noise: float = 0.0
     text_inputs: str = "learned"
     tower_layers: int = 12
     tower_width: int = 512

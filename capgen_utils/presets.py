@@ -178,9 +178,12 @@ SHAPES = Preset(
         ),
         "transformer": Recipe(TransformerConfig(**_SHAPES_CNN, **_SHAPES_DECODER)),
         "clip_prefix": Recipe(
-            ClipPrefixConfig(seq_len=32, **_SHAPES_DECODER, tower_layers=2, tower_width=128, tower_heads=4),
+            ClipPrefixConfig(
+                seq_len=32, d_model=256, n_decode=2, n_head=8, fc_dim=512, dropout=0.2, noise=0.4, text_inputs="tower"
+            ),
             SMALL_CLIP,
             "clip",
+            training=replace(SHAPES_TRAINING, epochs=10),
         ),
         "clip_gpt2": Recipe(
             ClipGpt2Config(**_MINI, n_embd=128, n_layer=2, n_head=4),

@@ -177,7 +177,10 @@ class ClipPrefixCaptioner(CaptionModel):
 
     def encode(self, features: Tensor) -> PrefixMemory:
         """Embeddings (B, E) -> the prefix (B, d_model)."""
-        return PrefixMemory(self.image_projection(F.normalize(features, dim=-1) * self.scale))
+        image = F.normalize(features, dim=-1) * self.scale
+        if self.training and self.config.noise:
+            image = image + self.config.noise * torch.randn_like(image)  # as in CapDec, arXiv 2211.00575
+        return PrefixMemory(self.image_projection(image))
 
     def embed(self, tokens: Tensor, cache: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Token ids (M, T) -> (M, T, d_model), and the text tower's cache after them, where there is a tower.
