@@ -30,76 +30,72 @@ def setting(facts: Mapping[str, Any]) -> str:
     return f"{where}, torch {versions['torch']}, Python {facts['python']}"
 
 
-def systems(dataset: str) -> list[tuple[str, Any]]:
-    """Return the models whose results on ``dataset`` are there, in the order of the course, with their results."""
-    from capgen_utils.presets import PRESETS
+def results(dataset: str | None = None) -> dict[str, Any]:
+    """Return the evaluations of ``dataset``'s test split, or of everything, by the names of their files."""
+    from capgen_utils.leaderboard import by_split, read_results
 
-    names = [name for name in PRESETS[dataset].models if (RESULTS / f"{dataset}_{name}.json").is_file()]
-    return [(name, read(f"{dataset}_{name}")) for name in names]
+    found = read_results(RESULTS)
+    return found if dataset is None else by_split(found)[dataset, "test"]
 
 
-def minutes(run: Mapping[str, Any] | None) -> str:
-    """Say how long a training run took."""
-    return f"{run['minutes']:.1f} min" if run else "-"
+def scored(dataset: str, definitions: bool = True) -> str:
+    """Scores beside floors and people, with their protocol; ``definitions`` of the metrics stand on the page once."""
+    from capgen_utils.leaderboard import people_table, protocol_lines, scores_table
+
+    found = results(dataset)
+    tables = [scores_table(found), people_table(found), protocol_lines(found, definitions)]
+    wrong = [result["scores"]["BLEU-4 on the wrong images"] for result in found.values()]
+    tables[-1] += (
+        f"\n\nThe same captions on the wrong images score {min(wrong):.1f}"
+        + (f" to {max(wrong):.1f}" if len(wrong) > 1 else "")
+        + " BLEU-4."
+    )
+    return "\n\n".join(filter(None, tables))
 
 
 def flickr8k() -> str:
-    """The scores on real photographs, with their protocol."""
-    found = systems("flickr8k")
-    lines = [
-        row("captioner", "parameters", "encoder", "BLEU-1", "BLEU-4", "distinct captions", "training"),
-        row(*["---"] * 7),
-    ]
-    for name, result in found:
-        scores, rules = result["scores"], result["protocol"]
-        lines.append(
-            row(
-                f"`{name}`",
-                f"{result['parameters'] / 1e6:.1f} M",
-                rules["encoder"],
-                *(f"{scores[f'BLEU-{n}']:.1f}" for n in (1, 4)),
-                f"{scores['distinct']:.0f} of {rules['images']}",
-                minutes(result["training_run"]),
-            )  # fmt: skip
-        )
-    rules = found[0][1]["protocol"]
-    decoding = {(r["protocol"]["decoding"]["beam"], r["protocol"]["decoding"]["length_penalty"]) for _, r in found}
-    wrong = [result["scores"]["BLEU-4 on the wrong images"] for _, result in found]
-    lines += [
-        "",
-        f"Protocol: {rules['dataset']}, official {rules['split']} split, {rules['images']} images, "
-        f"{rules['references']} references; BLEU x 100, {rules['BLEU']}; "
-        + ", ".join(f"beam {beam}, length penalty {penalty}" for beam, penalty in sorted(decoding))
-        + f". The same captions on the wrong images score {min(wrong):.1f} to {max(wrong):.1f} BLEU-4. Trained and "
-        f"scored on: {setting(found[0][1]['machine'])}.",
-    ]
-    return "\n".join(lines)
+    """The scores on real photographs."""
+    return scored("flickr8k")
 
 
 def shapes() -> str:
-    """The truth of captions on drawn scenes, and what each captioner costs."""
-    found = systems("shapes")
-    columns = {
-        "true": "true", "true_shuffled": "true of another scene", "true_novel": "true, unseen pairs",
-        "relation_right": "relation right",
-    }  # fmt: skip
-    lines = [
-        row("captioner", "parameters", *columns.values(), "distinct captions", "training"),
-        row(*["---"] * (len(columns) + 4)),
+    """The truth of captions on drawn scenes."""
+    pretraining = next(r["pretraining_run"] for r in results("shapes").values() if r["pretraining_run"])
+    minutes = f"{pretraining['minutes']:.1f} min"
+    return f"{scored('shapes', definitions=False)} Pre-training of the encoder, once for all: {minutes}."
+
+
+def cost() -> str:
+    """What each captioner costs."""
+    from capgen_utils.leaderboard import cost_table
+
+    return cost_table(results())
+
+
+def published() -> str:
+    """Figures that others published on the same split, beside ours; each with its protocol."""
+    from capgen_utils.results import ways_of
+    from capgen_utils.scoring import METEOR_JAVA
+
+    metrics = ("BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
+    rows = json.loads((REPOSITORY / "benchmarks" / "published.json").read_text(encoding="utf-8"))
+    rows += [
+        {
+            "system": f"`{result['model']}`",
+            "source": "this course",
+            "encoder": result["protocol"]["encoder"],
+            "scores": result["scores"] | {"METEOR": result["scores"].get(METEOR_JAVA)},
+            "protocol": f"official split, {result['protocol']['images']:,} images, five references; equal to the COCO "
+            f"caption evaluation's tools, METEOR 1.5; {ways_of(result['protocol'])}",
+        }
+        for result in results("flickr8k").values()
     ]
-    for name, result in found:
-        scores = result["scores"]
-        lines.append(
-            row(
-                f"`{name}`",
-                f"{result['parameters'] / 1e6:.1f} M",
-                *(f"{100 * scores[key]:.1f} %" for key in columns),
-                f"{scores['distinct']:.0f} of {result['protocol']['images']}",
-                minutes(result["training_run"]),
-            )  # fmt: skip
-        )
-    pretraining = next(r["pretraining_run"] for _, r in found if r["protocol"]["encoder"] == "shapes_cnn")
-    lines += ["", f"Pre-training of the encoder, once for all: {minutes(pretraining)}."]
+    rows.sort(key=lambda each: -each["scores"].get("BLEU-4", 0))
+    lines = [row("system", "source", "encoder", *metrics, "protocol"), row(*["---"] * (len(metrics) + 4))]
+    for each in rows:
+        values = (each["scores"].get(name) for name in metrics)
+        shown = ("-" if value is None else f"{value:.1f}" for value in values)
+        lines.append(row(each["system"], each["source"], each["encoder"], *shown, each["protocol"]))
     return "\n".join(lines)
 
 
@@ -131,13 +127,43 @@ def speed() -> str:
             f"{decoding['peak_anonymous_gigabytes']} GB",
             decoding["machine"]["load"],
         ),
+        *(scoring_row(bench["metrics"]) for _ in range("metrics" in bench)),
         "",
         f"Measured on: {setting(extraction['machine'])}.",
+        *(["", beside_library(bench["library"])] if "library" in bench else []),
     ]
     return "\n".join(lines)
 
 
-FIGURES = {"flickr8k": flickr8k, "shapes": shapes, "speed": speed}
+def scoring_row(part: Mapping[str, Any]) -> str:
+    """Seconds that scores take."""
+    meteor = f"; METEOR (nltk) {part['seconds_meteor']} s" if part.get("seconds_meteor") else ""
+    return row(
+        f"all scores of {part['images']:,} captions with {part['resamples']:,} bootstrap resamples",
+        f"{part['seconds']} s{meteor}",
+        "-",
+        f"{part['peak_anonymous_gigabytes']} GB",
+        part["machine"]["load"],
+    )
+
+
+def beside_library(part: Mapping[str, Any]) -> str:
+    """Our decoder beside the library's ``generate``."""
+    kinds = {"": "captions end by themselves", "_fixed_length": "all of one length", "_one_image": "one image"}
+    lines = [
+        row("decoding, GPT-2 of 4 layers", "captions/s", "`generate`", "ratio", "equal captions"), row(*["---"] * 5)
+    ]  # fmt: skip
+    for search in ("greedy", "beam_5"):
+        for kind, text in kinds.items():
+            each = part[search + kind]
+            rates = (each["captions_per_second"], each["library_captions_per_second"], each["ratio"])
+            lines.append(row(f"{search.replace('_', ' ')}, {text}", *rates, each["equal_captions"]))
+    machine = part["machine"]
+    lines += ["", f"Batch {part['batch']}, {part['dtype']}, {part['threads']} threads, load before {machine['load']}."]
+    return "\n".join(lines)
+
+
+FIGURES = {"flickr8k": flickr8k, "published": published, "shapes": shapes, "cost": cost, "speed": speed}
 
 
 def fill(text: str) -> str:

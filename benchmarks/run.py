@@ -1,4 +1,4 @@
-"""``make bench``: rates of extraction, training and decoding, and peak memory, into ``results/benchmarks.json``.
+"""``make bench``: rates of extraction, training, decoding and scoring, and peak memory: ``results/benchmarks.json``.
 
 Each part runs in a process of its own, so that its peak memory is its own. Times are best of several runs.
 """
@@ -158,11 +158,43 @@ def bench_library() -> dict[str, Any]:
     return bench_library()
 
 
+def bench_metrics() -> dict[str, Any]:
+    """Seconds for BLEU, ROUGE-L, CIDEr, CIDEr-D, diversity and intervals of captions with five references each.
+
+    The captions are people's, each said of the image after its own; METEOR is timed apart, where WordNet is there.
+    """
+    from capgen_utils.metrics import diversity, find_wordnet, meteor_nltk, score_with_intervals
+    from capgen_utils.metrics.bootstrap import RESAMPLES
+
+    part = flickr8k_or_shapes().split("test")
+    references = {item.image: list(item.captions) for item in part.items}
+    following = {item.image: part.items[place - 1].captions[0] for place, item in enumerate(part.items)}
+    reader = find_wordnet()
+
+    def seconds(work: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return round(min(times), 2)
+
+    return {
+        "dataset": part.name,
+        "images": len(part),
+        "references": sum(map(len, references.values())),
+        "resamples": RESAMPLES,
+        "seconds": seconds(lambda: (score_with_intervals(following, references), diversity(following))),
+        "seconds_meteor": seconds(lambda: meteor_nltk(following, references, reader)) if reader is not None else None,
+    }
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "extraction": bench_extraction,
     "training": bench_training,
     "decoding": bench_decoding,
     "library": bench_library,
+    "metrics": bench_metrics,
 }
 
 

@@ -4,14 +4,14 @@ Arrays and captions in, captions out: one sentence for all images, a training ca
 caption of the most similar image, and one human caption scored against the others.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from capgen_utils.files import CapGenError
 from capgen_utils.metrics.bootstrap import RESAMPLES, Interval, intervals
 from capgen_utils.metrics.ngrams import ORDERS, count_both, highest
-from capgen_utils.metrics.scores import Captions, References, Statistics, bleu_of_sums, closest_length
+from capgen_utils.metrics.scores import Captions, Extra, References, Statistics, bleu_of_sums, closest_length
 from capgen_utils.text import tokenise
 
 CONSTANT_RULE = "the training caption with the highest corpus BLEU-4 when it is said of every training image"
@@ -20,7 +20,7 @@ NEAREST_RULE = "the first caption of the training image whose features have the 
 HUMAN_RULE = "one human caption against the others of its image, mean over the choices of the one"
 _AT_ONCE = 1024  # images whose similarities are held at a time
 
-More = Callable[[Captions, References], Mapping[str, Mapping[str, float]]]
+More = Callable[[Captions, References], Extra]
 
 
 def best_constant(training: References) -> str:
@@ -157,7 +157,7 @@ def human_row(
 
     Args:
         references: image -> its human captions.
-        more: hypotheses and references -> name -> image -> score times 100, of more metrics (METEOR).
+        more: hypotheses and references -> more metrics (METEOR), as ``Statistics.of`` takes them.
         resamples: how many samples of the images are drawn.
         seed: equal seeds draw equal samples.
 

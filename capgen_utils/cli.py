@@ -15,6 +15,7 @@ from capgen_utils.config import data_dir
 from capgen_utils.files import CapGenError, write_json
 from capgen_utils.presets import PRESETS, get_preset
 
+_JAVA = "METEOR 1.5 too, the one that papers report; needs Java and: pip install pycocoevalcap"
 INTERRUPTED = 130  # what shells return after Ctrl-C
 
 
@@ -42,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="capgen", description="Image captioning from scratch to CLIP + GPT-2.")
     parser.add_argument("--version", action="version", version=f"capgen {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_doctor, _add_download, _add_pretrain, _add_train, _add_evaluate, _add_caption, _add_course):
+    for add in (
+        _add_doctor, _add_download, _add_pretrain, _add_train, _add_evaluate, _add_score, _add_leaderboard,
+        _add_caption, _add_course,
+    ):  # fmt: skip
         add(commands)
     return parser
 
@@ -196,6 +200,11 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
     parser.add_argument("--dataset", help="instead of the one the captioner was trained on")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images (no score to publish)")
+    parser.add_argument(
+        "--rescore", type=Path, nargs="+", metavar="FILE",
+        help="score the captions beside these results files again instead; nothing is decoded",
+    )  # fmt: skip
+    parser.add_argument("--java", action="store_true", help=_JAVA)
     parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where the results go")
     parser.add_argument("--name", help="of the results files (default: DATASET_MODEL)")
@@ -207,26 +216,43 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.rescore:
+        return _rescore(options)
     from capgen_utils.captioner import DEFAULT_BUNDLE
     from capgen_utils.checkpoint import load_bundle
     from capgen_utils.datasets import load_dataset
     from capgen_utils.decoding import with_options
-    from capgen_utils.results import evaluate, summary, write_predictions
+    from capgen_utils.results import evaluate
 
     bundle = load_bundle(options.bundle or DEFAULT_BUNDLE)
     trained_on = PRESETS.get(bundle.info.get("preset", ""))
     dataset = options.dataset or (trained_on.dataset if trained_on else "flickr8k")
-    manifest = load_dataset(dataset, options.data, options.limit)
+    manifest = load_dataset(dataset, options.data)
     decoding = with_options(bundle.decoding, **_decoding_options(options))
-    choosing = _choosing(options, bundle)
-    evaluation = evaluate(bundle, manifest, options.split, decoding, options.encoder_weights, choosing)
+    evaluation = evaluate(
+        bundle, manifest, options.split, decoding, options.encoder_weights, _choosing(options, bundle), options.limit,
+        options.java,
+    )  # fmt: skip
     name = options.name or f"{manifest.name}_{bundle.info['model']}"
-    write_predictions(options.output / f"{name}_predictions.json", evaluation.captions)
-    write_json(options.output / f"{name}.json", evaluation.result)
+    _write_evaluation(options.output / f"{name}.json", evaluation)
+
+
+def _rescore(options: argparse.Namespace) -> None:
+    from capgen_utils.datasets import load_dataset
+    from capgen_utils.results import read_result, rescore
+
+    for path in options.rescore:
+        dataset = options.dataset or read_result(path)["protocol"]["dataset"]
+        _write_evaluation(path, rescore(path, load_dataset(dataset, options.data), options.java))
+
+
+def _write_evaluation(path: Path, evaluation: Any) -> None:
+    from capgen_utils.results import predictions_path, summary, write_predictions
+
+    write_predictions(predictions_path(path), evaluation.captions)
+    write_json(path, evaluation.result)
     print(summary(evaluation.result))
-    if options.limit:
-        print("  only a part of the split was scored: these numbers compare with nothing")
-    print(f"written: {options.output / f'{name}.json'} and the captions beside it")
+    print(f"written: {path} and the captions beside it")
 
 
 def _choosing(options: argparse.Namespace, bundle: Any) -> Any:
@@ -240,6 +266,81 @@ def _choosing(options: argparse.Namespace, bundle: Any) -> Any:
         return Choosing(judge=judge)
     scorer = require_scorer(bundle, options.scorer, options.encoder_weights)
     return Choosing(scorer, temperatures_of(options.temperatures, _decoding_options(options)), judge)
+
+
+def _add_score(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "score",
+        _score,
+        "Score captions from anywhere: COCO's formats, or mappings image -> caption and image -> list of captions.",
+    )
+    parser.add_argument("predictions", type=Path, help="generated captions, one an image")
+    parser.add_argument("references", type=Path, help="human captions of the same images")
+    parser.add_argument("--json", action="store_true", help="one JSON object: metric -> value; all times 100")
+    parser.add_argument("--intervals", action="store_true", help="with the ends of 95 %% bootstrap intervals")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="another system's captions: is the first one better? (paired bootstrap)",
+    )
+    parser.add_argument(
+        "--training", type=Path, metavar="FILE", help="human captions of the training images: what was copied?"
+    )
+    parser.add_argument("--java", action="store_true", help=_JAVA)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from capgen_utils.scoring import as_lines, score_files
+
+    found = score_files(options.predictions, options.references, options.training, options.against, options.java)
+    for name, sentence in found.warnings.items():
+        print(f"WARNING: {name}: {sentence}", file=sys.stderr)
+    for finding in found.findings:
+        print(f"WARNING: {finding.name}: {finding.text}\n  -> {finding.remedy}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(_score_json(found, options.intervals, options.against is not None), indent=2))
+        return
+    shown = found.intervals if options.intervals else {}
+    print("\n".join(as_lines((name, value, shown[name][1:] if name in shown else None)
+                            for name, value in found.scores.items())))  # fmt: skip
+    if found.differences:
+        print(f"ahead of {options.against}, with the share of resamples in which it is:")
+        for name, one in found.differences.items():
+            print(f"  {name:28s} {one.value:+10.2f}   [{one.low:+.2f}, {one.high:+.2f}]   {one.wins:.1%}")
+    print("\n".join(f"  {name}: {rule}" for name, rule in found.protocol.items()))
+
+
+def _score_json(found: Any, with_intervals: bool, with_differences: bool) -> dict[str, Any]:
+    """Metric -> value; where more is asked for, metric -> an object of what is asked for."""
+    if not with_intervals and not with_differences:
+        return dict(found.scores)
+    rows: dict[str, dict[str, Any]] = {name: {"value": value} for name, value in found.scores.items()}
+    for name, one in found.intervals.items() if with_intervals else ():
+        rows[name] |= {"low": one.low, "high": one.high}
+    for name, one in found.differences.items():
+        rows[name]["ahead"] = one._asdict()
+    return rows
+
+
+def _add_leaderboard(commands: Any) -> None:
+    parser = _command(commands, "leaderboard", _leaderboard, "Print and write the tables of all results files.")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="FOLDER", help="where the results files are"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown (default: leaderboard.md beside them)")
+
+
+def _leaderboard(options: argparse.Namespace) -> None:
+    from capgen_utils.files import write_text
+    from capgen_utils.leaderboard import leaderboard
+
+    text = leaderboard(options.results)
+    output = options.output or options.results / "leaderboard.md"
+    write_text(output, text)
+    print(text)
+    print(f"written: {output}")
 
 
 def _add_caption(commands: Any) -> None:

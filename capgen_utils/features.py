@@ -102,7 +102,6 @@ def cache_key(manifest: Manifest, encoder: Encoder, output: str, flip: bool, dty
 
     The size of each image file is part of it, so a replaced photograph makes the old cache unfit.
     """
-    files = [(item.image, _file_size(manifest.path(item))) for item in manifest.items]
     key = {
         "format": FORMAT,
         "encoder": encoder.name,
@@ -111,9 +110,13 @@ def cache_key(manifest: Manifest, encoder: Encoder, output: str, flip: bool, dty
         "output": output,
         "view": "flip" if flip else "plain",
         "dtype": str(dtype).removeprefix("torch."),
-        "files": fingerprint(files),
+        "files": _files_of(manifest),
     }
     return json.loads(json.dumps(key))  # as it will be read back, tuples as lists
+
+
+def _files_of(manifest: Manifest) -> str:
+    return fingerprint([(item.image, _file_size(manifest.path(item))) for item in manifest.items])
 
 
 def _file_size(path: Path) -> int:
@@ -183,6 +186,28 @@ def find_cache(
     key = cache_key(manifest, encoder, output, flip, dtype)
     path = cache_path(manifest, key, folder)
     return open_cache(path, key) if path.with_suffix(".json").exists() else None
+
+
+def find_features(
+    manifest: Manifest, encoder: str, weights: str, dtype: str, output: str | None = None, folder: Path | None = None
+) -> FeatureCache | None:
+    """Return the features of ``manifest`` by what a results file says of them; the encoder itself is not needed.
+
+    Args:
+        manifest: the whole dataset.
+        encoder: its name.
+        weights: hash of its weights.
+        dtype: compute dtype, such as ``bfloat16``.
+        output: ``None`` for any.
+        folder: instead of the data folder's ``features``.
+    """
+    wanted = {"encoder": encoder, "weights": weights, "dtype": dtype, "view": "plain", "files": _files_of(manifest)}
+    wanted |= {} if output is None else {"output": output}
+    for path in sorted((folder or data_dir() / "features").glob(f"{manifest.name}-*-plain-*.json")):
+        key = read_json(path, f"delete {path.with_suffix('')}.*").get("key", {})
+        if all(key.get(name) == value for name, value in wanted.items()):
+            return open_cache(path.with_suffix(".npy"), key)
+    return None
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

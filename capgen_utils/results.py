@@ -7,17 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from capgen_utils.checkpoint import Bundle
 from capgen_utils.config import DecodingConfig, choose_device, from_dict
+from capgen_utils.cost import cost
 from capgen_utils.datasets import Manifest
-from capgen_utils.decoding import check_decoding, decode_manifest, describe, longest_caption
+from capgen_utils.decoding import Hypothesis, check_decoding, decode_manifest, describe, longest_caption
 from capgen_utils.dual_encoder import DualEncoder
-from capgen_utils.features import extract, find_cache
-from capgen_utils.files import write_json
+from capgen_utils.encoders import Encoder
+from capgen_utils.features import FeatureCache, extract, find_cache, find_features
+from capgen_utils.files import CapGenError, read_json, write_json
 from capgen_utils.machine import machine, revision
-from capgen_utils.metrics import BLEU_PROTOCOL, bleu, clip_score, diversity
+from capgen_utils.metrics import clip_score, load_captions
 from capgen_utils.rerank import best_first, fit, image_vectors
-from capgen_utils.shapes import judge, load_scenes, scenes_file
+from capgen_utils.scoring import NEAREST, as_lines, assess, scores, split_references
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def evaluate(
     decoding: DecodingConfig | None = None,
     encoder_weights: Path | None = None,
     choosing: Choosing = Choosing(),
+    limit: int | None = None,
+    java: bool = False,
 ) -> Evaluation:
     """Caption a split with a bundle and score the captions.
 
@@ -65,48 +71,94 @@ def evaluate(
         decoding: instead of the bundle's defaults.
         encoder_weights: a local weights file of the encoder.
         choosing: a CLIP that chooses among candidates, and another one that judges.
+        limit: only the first images of the split; the result says so.
+        java: compute METEOR 1.5 too.
 
     Raises:
         CapGenError: no such split; decoding that is not possible; the encoder's weights cannot be had.
     """
     decoding = check_decoding(decoding or bundle.decoding, longest_caption(bundle.model))
-    part = manifest.split(split)
-    device = choose_device()
-    encoder = bundle.build_encoder(encoder_weights).to(device)
-    output, dtype = bundle.model.feature, bundle.extraction_dtype
-    cache = find_cache(manifest, encoder, output, dtype) or extract(part, encoder, output, dtype=dtype)
-    model = bundle.model.to(device)
+    sight = _Sight.of(bundle, manifest, manifest.split(split).limit(limit), encoder_weights)
     started = time.perf_counter()
-    found = decode_manifest(
-        model, part, cache, bundle.tokenizer, decoding, progress=True, temperatures=choosing.temperatures
-    )
+    found = sight.caption(decoding, choosing.temperatures)
     candidates = {name: [bundle.tokenizer.decode(h.tokens) for h in spoken] for name, spoken in found.items()}
-
-    def vectors(clip: DualEncoder) -> Any:
-        return image_vectors(clip.to(device), encoder, output, cache, part, list(candidates), dtype)
-
-    captions = chosen(candidates, choosing.scorer, vectors)
+    captions = chosen(candidates, choosing.scorer, sight.vectors)
     seconds = time.perf_counter() - started
-    references = {item.image: item.captions for item in part.items if item.image in captions}
-    result = {
-        "kind": "evaluation",
-        "scores": scores(captions, references, manifest),
-        "reranking": reranking(choosing, captions, candidates, references, manifest, vectors),
-        "protocol": protocol(manifest, split, references, decoding) | choosing.describe() | {"encoder": encoder.name},
-        "captions_per_second": round(len(captions) / seconds, 2),
-    }
+    ended = {name: found[name][candidates[name].index(caption)].ended for name, caption in captions.items()}
+    result = {"kind": "evaluation"} | assess(captions, manifest, split, sight.whole, ended, java)
+    references = split_references(captions, manifest, split)
+    rules = protocol(manifest, split, references, decoding) | choosing.describe() | sight.describe()
+    result["protocol"] = rules | result["protocol"]
+    result["reranking"] = reranking(choosing, captions, candidates, references, manifest, sight.vectors)
+    result["unfinished"] = sum(not done for done in ended.values())
+    result["captions_per_second"] = round(len(captions) / seconds, 2)
+    result["cost"] = sight.cost(decoding, choosing.temperatures)
     return Evaluation(captions, _with_facts(result, bundle))
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """A captioner in front of images: all on one device, features extracted.
+
+    Attributes:
+        bundle: the captioner.
+        encoder: its encoder.
+        part: the images.
+        cache: their features.
+        whole: those of the whole dataset, where they have been extracted.
+    """
+
+    bundle: Bundle
+    encoder: Encoder
+    part: Manifest
+    cache: FeatureCache
+    whole: FeatureCache | None
+
+    @classmethod
+    def of(cls, bundle: Bundle, manifest: Manifest, part: Manifest, weights: Path | None) -> "_Sight":
+        """Extract what is missing; ``weights`` is a local weights file of the encoder."""
+        device = choose_device()
+        encoder = bundle.build_encoder(weights).to(device)
+        bundle.model.to(device)
+        output, dtype = bundle.model.feature, bundle.extraction_dtype
+        whole = find_cache(manifest, encoder, output, dtype)
+        return cls(bundle, encoder, part, whole or extract(part, encoder, output, dtype=dtype), whole)
+
+    def caption(self, decoding: DecodingConfig, temperatures: Sequence[float] | None) -> dict[str, list[Hypothesis]]:
+        """Find captions of every image."""
+        bundle = self.bundle
+        return decode_manifest(
+            bundle.model, self.part, self.cache, bundle.tokenizer, decoding, progress=True, temperatures=temperatures
+        )
+
+    def vectors(self, clip: DualEncoder) -> torch.Tensor:
+        """Return a CLIP's vectors (B, E) of the images."""
+        bundle, names = self.bundle, [item.image for item in self.part.items if item.image not in self.cache.failed]
+        clip = clip.to(choose_device())
+        output, dtype = bundle.model.feature, bundle.extraction_dtype
+        return image_vectors(clip, self.encoder, output, self.cache, self.part, names, dtype)
+
+    def cost(self, decoding: DecodingConfig, temperatures: Sequence[float] | None) -> dict[str, Any]:
+        """Measure what a caption costs."""
+        bundle, dtype = self.bundle, self.bundle.extraction_dtype
+        return cost(
+            bundle.model, self.encoder, self.part, self.cache, bundle.tokenizer, decoding, dtype, temperatures
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a protocol says of it."""
+        return {
+            "encoder": self.encoder.name,
+            "encoder_weights": self.bundle.info["encoder"]["weights_hash"],
+            "feature": self.bundle.model.feature,
+            "extraction_dtype": self.bundle.info["extraction_dtype"],
+        }
 
 
 def _with_facts(result: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
     """Add what is known of the captioner, its training and this machine."""
     info = bundle.info
-    result["protocol"] |= {
-        "encoder_weights": info["encoder"]["weights_hash"],
-        "extraction_dtype": info["extraction_dtype"],
-        "seed": (info.get("training") or {}).get("seed"),
-        "revision": revision(),
-    }
+    result["protocol"] |= {"seed": (info.get("training") or {}).get("seed"), "revision": revision()}
     return result | {
         "model": info["model"],
         "preset": info.get("preset"),
@@ -114,9 +166,53 @@ def _with_facts(result: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
         "training": info.get("training"),
         "training_run": info.get("training_run"),
         "pretraining_run": info["encoder"].get("training_run"),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": _today(),
         "machine": machine(),
     }
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def predictions_path(path: Path) -> Path:
+    """Return where the captions lie that a results file scores: beside it."""
+    return path.with_name(f"{path.stem}_predictions.json")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+        CapGenError: unreadable, or not the results of an evaluation.
+    """
+    result = read_json(path, "name a results file that `capgen evaluate` wrote")
+    rules = result.get("protocol") if isinstance(result, dict) and result.get("kind") == "evaluation" else None
+    if not isinstance(rules, dict) or not {"dataset", "split", "encoder"} <= set(rules):
+        raise CapGenError(f"{path} does not hold the results of an evaluation", "name one that `capgen evaluate` wrote")
+    return result
+
+
+def rescore(path: Path, manifest: Manifest, java: bool = False) -> Evaluation:
+    """Score the captions beside a results file again; nothing is decoded, and what the file says else is kept.
+
+    Args:
+        path: the results file; its captions lie beside it.
+        manifest: the whole dataset that they are of.
+        java: compute METEOR 1.5 too.
+
+    Raises:
+        CapGenError: a file is missing or damaged, or the captions are not of this dataset and split.
+    """
+    result, captions = read_result(path), load_captions(predictions_path(path))
+    rules = result["protocol"]
+    if manifest.name != rules["dataset"]:
+        raise CapGenError(f"{path} is about {rules['dataset']}, not {manifest.name}", "name the folder of that dataset")
+    weights, dtype = rules.get("encoder_weights", ""), rules.get("extraction_dtype", "")
+    features = find_features(manifest, rules["encoder"], weights, dtype, rules.get("feature"))
+    found = assess(captions, manifest, rules["split"], features, None, java)
+    found["protocol"] = rules | found["protocol"]
+    return Evaluation(captions, result | found | {"rescored": {"date": _today(), "revision": revision()}})
 
 
 def chosen(
@@ -161,21 +257,8 @@ def reranking(
     return result or None
 
 
-def scores(captions: Mapping[str, str], references: Mapping[str, Any], manifest: Manifest) -> dict[str, float]:
-    """Return BLEU, BLEU-4 of the same captions on the wrong images, diversity, and truth where scenes are known."""
-    names = sorted(captions)
-    wrong = {name: captions[names[(i + 1) % len(names)]] for i, name in enumerate(names)}
-    result = bleu(captions, references)
-    result["BLEU-4 on the wrong images"] = bleu(wrong, references)["BLEU-4"]
-    result |= diversity(captions)
-    if scenes_file(manifest.root).is_file():
-        scenes = load_scenes(manifest.root)
-        result |= judge(captions, {Path(name).name: scenes[Path(name).name] for name in captions})
-    return {key: round(value, 4) for key, value in result.items()}
-
-
 def protocol(manifest: Manifest, split: str, references: Mapping[str, Any], decoding: DecodingConfig) -> dict[str, Any]:
-    """Return how a score was made: what has to be equal before two of them may be compared."""
+    """Return how captions were made and what they are held against: both have to be equal to compare two scores."""
     whole = sum(item.split == split for item in manifest.items)
     return {
         "dataset": manifest.name,
@@ -183,7 +266,6 @@ def protocol(manifest: Manifest, split: str, references: Mapping[str, Any], deco
         "images": len(references),
         "images_in_split": whole,
         "references": sum(map(len, references.values())),
-        "BLEU": BLEU_PROTOCOL,
         "decoding": asdict(decoding) | {"dtype": "float32"},
     }
 
@@ -193,19 +275,39 @@ def write_predictions(path: Path, captions: Mapping[str, str]) -> None:
     write_json(path, [{"image_id": name, "caption": caption} for name, caption in sorted(captions.items())])
 
 
-def summary(result: Mapping[str, Any]) -> str:
-    """Return the scores as lines of text with the protocol beside them."""
-    rules = result["protocol"]
-    lines = [f"{result['model']} on {rules['dataset']}/{rules['split']}: {rules['images']} images, "
-             f"{rules['references']} references, encoder {rules['encoder']}"]  # fmt: skip
-    lines += [f"  {name:28s} {value:10.2f}" for name, value in result["scores"].items()]
+def ways_of(rules: Mapping[str, Any]) -> str:
+    """Return in words how the captions of a protocol were found."""
     decoding = {key: value for key, value in rules["decoding"].items() if key != "dtype"}
     ways = describe(from_dict(DecodingConfig, decoding))
     if rules.get("temperatures"):
         ways = f"one caption drawn at each of the temperatures {', '.join(f'{t:g}' for t in rules['temperatures'])}"
-    chosen_by = f"; {rules['chosen_by']} chose" if rules.get("chosen_by") else ""
-    lines.append(f"  {ways}{chosen_by}; BLEU: {rules['BLEU']}")
-    for name, value in (result.get("reranking") or {}).items():
-        if isinstance(value, float):
-            lines.append(f"  {name:28s} {value:10.2f}")
+    return f"{ways}; {rules['chosen_by']} chose" if rules.get("chosen_by") else ways
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """Return the scores as lines of text with the protocol beside them, and what they are held against."""
+    rules, ends = result["protocol"], result["intervals"]
+    lines = [f"{result['model']} on {rules['dataset']}/{rules['split']}: {rules['images']} images, "
+             f"{rules['references']} references, encoder {rules['encoder']}"]  # fmt: skip
+    lines += as_lines((name, value, ends.get(name)) for name, value in result["scores"].items())
+    lines.append(f"  {ways_of(rules)}; BLEU: {rules['BLEU']}; intervals: {rules['intervals']}")
+    changed = (result.get("reranking") or {}).items()
+    lines += as_lines((name, value, None) for name, value in changed if isinstance(value, float))
+    for name in ("BLEU-4", "CIDEr-D"):
+        lines.append(f"held against, in {name}:")
+        lines += as_lines((row, each["scores"][name], each["intervals"][name]) for row, each in _rows(result))
+    if NEAREST not in result["floors"]:
+        lines.append(f"  no {NEAREST}: the features of the training images are not in the cache")
+    lines += [f"WARNING: {name}: {sentence}" for name, sentence in result["warnings"].items()]
+    lines += [f"WARNING: {one['name']}: {one['text']}\n  -> {one['remedy']}" for one in result["findings"]]
     return "\n".join(lines)
+
+
+def _rows(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return what scores are held against: floors, people, and the system against as many references as people."""
+    rows = list(result["floors"].items())
+    if result["people"]:
+        left = result["people"]["references"]
+        rows += [(f"a human against {left} others", result["people"]["human"])]
+        rows += [(f"the system against {left}", result["people"]["system"])]
+    return rows

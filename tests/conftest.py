@@ -20,8 +20,6 @@ from capgen_utils.models import MODELS
 
 __all__ = ["need"]
 
-# Its small CLIP does not tell left from right yet, so neither does it.
-NOT_YET = ("clip_prefix",)
 TRAINING_LIMIT = 2400  # seconds for a test that may have to wait for the one training run
 
 
@@ -99,7 +97,7 @@ def shapes_run(private_data: Path) -> ShapesRun:
     return train_on_shapes(private_data, "transformer")
 
 
-@pytest.fixture(scope="session", params=[name for name in MODELS if name not in NOT_YET])
+@pytest.fixture(scope="session", params=list(MODELS))
 def any_shapes_run(request: pytest.FixtureRequest, private_data: Path) -> ShapesRun:
     """Return each of the trained captioners."""
     return train_on_shapes(private_data, request.param)

@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-SCORES = {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "BLEU-4 on the wrong images", "distinct", "mean_length", "unk"}
+METRICS = {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "CIDEr-D"}
+SCORES = METRICS | {"BLEU-4 on the wrong images", "distinct", "mean_length", "unk", "copied", "novel_4"}
 PROTOCOL = {
-    "dataset", "split", "images", "images_in_split", "references", "BLEU", "decoding", "encoder", "encoder_weights",
-    "extraction_dtype", "seed", "revision",
+    "dataset", "split", "images", "images_in_split", "references", "BLEU", "ROUGE-L", "CIDEr", "CIDEr-D",
+    "tokenisation", "intervals", "decoding", "encoder", "encoder_weights", "extraction_dtype", "seed", "revision",
 }  # fmt: skip
+FLOORS = {"constant caption", "random training caption", "nearest neighbour"}
 MACHINE = {"cpu", "cores", "threads", "load", "accelerator", "python", "versions"}
 VERSIONS = {"torch", "torchvision", "timm", "transformers", "accelerate", "numpy", "pillow", "nltk"}
 PATH = re.compile(r"(?:^|[\s\"'=])(?:/[\w.-]+/[\w./-]+|[A-Za-z]:\\)")
@@ -26,10 +28,21 @@ def strings(value: Any) -> list[str]:
 def problems(result: dict[str, Any], host: str = "") -> list[str]:
     """Return what is missing from the results of an evaluation, or should not be there."""
     found = []
-    for part, keys in (("scores", SCORES), ("protocol", PROTOCOL), ("machine", MACHINE)):
+    parts = {"scores": SCORES, "intervals": METRICS, "floors": FLOORS, "protocol": PROTOCOL, "machine": MACHINE}
+    for part, keys in parts.items():
         found += [f"{part} lacks {key}" for key in sorted(keys - set(result.get(part) or {}))]
     found += [f"no version of {v}" for v in sorted(VERSIONS - set((result.get("machine") or {}).get("versions") or {}))]
     found += [f"lacks {key}" for key in ("model", "parameters", "date", "captions_per_second") if not result.get(key)]
+    found += [f"lacks {key}" for key in ("people", "warnings", "findings") if key not in result]
+    for name, row in (result.get("floors") or {}).items():
+        found += [
+            f"{name} lacks {key}" for key in sorted(METRICS - set(row["scores"]) | METRICS - set(row["intervals"]))
+        ]
+    found += [
+        f"{name} is outside its interval"
+        for name, (low, high) in (result.get("intervals") or {}).items()
+        if not low <= result["scores"][name] <= high
+    ]
     protocol = result.get("protocol") or {}
     found += [f"protocol has no {key}" for key in ("encoder", "encoder_weights", "revision") if not protocol.get(key)]
     found += [f"holds the path {s[:60]!r}" for s in strings(result) if PATH.search(s)]

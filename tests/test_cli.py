@@ -14,8 +14,9 @@ from helpers import PHOTOS, ROOT, capgen, save_tiny_bundle
 
 from capgen_utils import __version__, cli
 from capgen_utils.files import CapGenError
+from capgen_utils.metrics import load_captions, load_references, score
 
-COMMANDS = ("doctor", "download", "pretrain", "train", "evaluate", "caption", "course")
+COMMANDS = ("doctor", "download", "pretrain", "train", "evaluate", "score", "leaderboard", "caption", "course")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,27 @@ def test_the_installed_command_is_the_module() -> None:
         assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == done.stdout
 
 
+def caption_files(folder: Path) -> dict[str, Path]:
+    """Write small files of captions and return them by name."""
+    words = ["dog", "cat", "man", "boat", "tree"]
+    said = {f"{i}.jpg": f"a {word} beside the {words[i - 1]}" for i, word in enumerate(words)}
+    written = {name: [f"a {word} stands near a {words[i - 1]} {k}" for k in range(5)]
+               for i, (name, word) in enumerate(zip(said, words, strict=True))}  # fmt: skip
+    values: dict[str, Any] = {
+        "SAID": said,
+        "BETTER": {name: captions[0] for name, captions in written.items()},
+        "COCO": [{"image_id": name, "caption": caption} for name, caption in said.items()],
+        "WRITTEN": written,
+        "OTHERS": written | {"other.jpg": ["a dog"]},
+        "EMPTY": {},
+        "SILENT": said | {"0.jpg": ""},
+    }
+    folder.mkdir()
+    for name, value in values.items():
+        (folder / f"{name.lower()}.json").write_text(json.dumps(value))
+    return {name: folder / f"{name.lower()}.json" for name in values}
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[list[str], str]] = [
@@ -82,6 +104,18 @@ WRONG: list[tuple[list[str], str]] = [
     (["evaluate", "--bundle", "BUNDLE", "--dataset", "flickr9k"], "flickr8k"),
     (["evaluate", "--bundle", "BUNDLE", "--split", "validation"], "test"),
     (["evaluate", "--bundle", "BUNDLE", "--beam", "0"], "1 or more"),
+    (["evaluate", "--bundle", "BUNDLE", "--limit", "0", "--dataset", "shapes"], "1 or more"),
+    (["evaluate", "--rescore", "nowhere.json"], "nowhere.json"),
+    (["evaluate", "--rescore", "SAID"], "does not hold the results"),
+    (["score", "nowhere.json", "WRITTEN"], "nowhere.json"),
+    (["score", "SAID", "nowhere.json"], "nowhere.json"),
+    (["score", "SAID", "OTHERS"], "same images"),
+    (["score", "EMPTY", "WRITTEN"], "same images"),
+    (["score", "WRITTEN", "WRITTEN"], "where a caption should be"),
+    (["score", "SAID", "SAID"], "no list of captions"),
+    (["score", "SAID", "WRITTEN", "--against", "EMPTY"], "same images"),
+    (["score", "SAID", "WRITTEN", "--training", "SAID"], "no list of captions"),
+    (["leaderboard", "--results", "nowhere"], "nowhere"),
     (["caption", "nowhere.jpg"], "nowhere.jpg"),
     (["caption", "--bundle", "nowhere", "PHOTO"], "nowhere"),
     (["caption", "--bundle", "BUNDLE", "--device", "abacus", "PHOTO"], "abacus"),
@@ -112,6 +146,7 @@ def test_errors_say_what_to_do_and_end_with_2(
 
     monkeypatch.setattr(recipes, "pretrain_encoder", lambda *a: pytest.fail("began to train"))
     names = {"BUNDLE": str(bundle), "PHOTO": str(PHOTOS / "cat_on_deck.jpg")}
+    names |= {name: str(path) for name, path in caption_files(tmp_path / "files").items()}
     code, _, err = run(capsys, *(names.get(a, a) for a in arguments))
     assert code == 2
     last = err[("\n" + err).rindex("\ncapgen: ") :]  # progress bars may stand before it
@@ -186,6 +221,49 @@ def test_a_reader_that_leaves_is_no_error(bundle: Path) -> None:
     err = first.stderr.read()
     first.wait(timeout=60)
     assert "Traceback" not in err and "BrokenPipe" not in err
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_files_as_json_and_as_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = caption_files(tmp_path / "files")
+    code, out, err = run(capsys, "score", files["COCO"], files["WRITTEN"], "--json")
+    found = json.loads(out)
+    assert code == 0 and err == "" and all(isinstance(value, int | float) for value in found.values())
+    said, written = load_captions(files["SAID"]), load_references(files["WRITTEN"])
+    for name, value in score(said, written).items():
+        assert found[name] == pytest.approx(value)
+    code, out, _ = run(capsys, "score", files["SAID"], files["WRITTEN"], "--intervals")
+    (line,) = [line for line in out.splitlines() if line.split()[:1] == ["CIDEr-D"]]
+    low, high = (float(end) for end in line.split("[")[1].rstrip("]").split(","))
+    assert code == 0 and low - 0.01 <= found["CIDEr-D"] <= high + 0.01 and "BLEU: corpus level" in out
+
+
+def test_scores_with_intervals_and_against_another_system(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = caption_files(tmp_path / "files")
+    asked = ("score", files["BETTER"], files["WRITTEN"], "--against", files["SAID"])
+    code, out, _ = run(capsys, *asked, "--json", "--intervals")
+    found = json.loads(out)["BLEU-1"]
+    assert code == 0 and found["low"] <= found["value"] <= found["high"] and found["ahead"]["wins"] == 1
+    assert "ahead of" in run(capsys, *asked)[1]
+
+
+def test_a_wrong_protocol_is_named_beside_the_scores(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = caption_files(tmp_path / "files")
+    code, out, err = run(
+        capsys, "score", files["SILENT"], files["WRITTEN"], "--training", files["WRITTEN"], "--json"
+    )  # fmt: skip
+    assert code == 0 and "copied" in json.loads(out)
+    assert "WARNING: empty captions: 1 of 5" in err and "WARNING: training images: 5 of 5" in err
+
+
+def test_the_leaderboard_is_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for path in (ROOT / "results").glob("shapes_*.json"):
+        shutil.copy(path, tmp_path)
+    code, out, _ = run(capsys, "leaderboard", "--results", tmp_path)
+    assert code == 0 and "`transformer`" in out and "nearest neighbour" in out
+    assert (tmp_path / "leaderboard.md").read_text() in out
 
 
 # --- stopped --------------------------------------------------------------------------------------------------------

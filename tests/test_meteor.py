@@ -3,12 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import need
 from nltk.translate.meteor_score import meteor_score
 
 from capgen_utils.files import CapGenError
-from capgen_utils.metrics import find_wordnet, has_meteor_java, meteor, meteor_java, meteor_nltk
+from capgen_utils.metrics import (
+    Statistics,
+    Summed,
+    find_wordnet,
+    has_meteor_java,
+    meteor,
+    meteor_java,
+    meteor_nltk,
+)
 from capgen_utils.text import tokenise
 
 REFERENCES = {
@@ -129,6 +138,33 @@ def test_meteor_15_of_the_reference() -> None:
     assert found.images["3"] == pytest.approx(100) and "1.5" in found.label
     assert found.images | {"corpus": found.corpus} == pytest.approx(METEOR_15 | {"3": 100}, abs=0.01)
     assert found.corpus != pytest.approx(sum(found.images.values()) / 3, abs=1), "it adds up matches, not scores"
+
+
+def test_meteor_15_of_sums_is_what_the_program_computes() -> None:
+    need("Java and pycocoevalcap", has_meteor_java())
+    from pycocoevalcap.meteor.meteor import Meteor as Program
+
+    said = SPOKEN | {"3": "a man rides", "4": "unheard of", "5": "the dog is running on a lawn", "6": "a"}
+    written = REFERENCES | {"3": ["a man rides", "nothing"], "4": ["a dog"], "5": REFERENCES["1"], "6": ["a dog"]}
+    found = meteor_java(said, written)
+    lists = {image: [" ".join(tokenise(caption))] for image, caption in said.items()}
+    references = {image: [" ".join(tokenise(caption)) for caption in captions] for image, captions in written.items()}
+    corpus, each = Program().compute_score(references, lists)
+    assert found.corpus == pytest.approx(100 * corpus, abs=1e-6)
+    assert list(found.images.values()) == pytest.approx([100 * value for value in each], abs=1e-6)
+
+
+def test_a_sample_s_meteor_15_is_that_of_the_sampled_captions() -> None:
+    rows = {  # of the program, for two captions; the second matches nothing
+        "1": [11, 13, 5, 6, 3, 3, 4, 4, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 3, 9, 10],
+        "2": [2, 2, 1, 1, *[0] * 16, 0, 0, 0],
+    }
+    statistics = Statistics.of(SPOKEN, REFERENCES, {"METEOR 1.5": Summed(rows, meteor.meteor_of_sums)})
+    twice = statistics.of_samples(np.array([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]]))["METEOR 1.5"]
+    assert twice[0] == pytest.approx(float(meteor.meteor_of_sums(np.array(rows["1"], dtype=float))))
+    assert twice[1] == 0 < twice[2] < twice[0] < 100
+    with pytest.raises(CapGenError, match="other images"):
+        Statistics.of(SPOKEN, REFERENCES, {"METEOR 1.5": Summed({"1": rows["1"]}, meteor.meteor_of_sums)})
 
 
 def test_without_java_meteor_15_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

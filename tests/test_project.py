@@ -30,7 +30,7 @@ FLOORS = [
     ["encoders", "dual_encoder", "features", "logits", "decoding"],
     ["models"],
     ["checkpoint", "batches", "training", "pretraining", "contrastive", "language", "recipes"],
-    ["rerank", "captioner", "results"],
+    ["rerank", "captioner", "scoring", "cost", "results", "leaderboard"],
     ["plots", "widgets", "service", "doctor", "course", "cli"],
 ]
 PLACES = {name: (floor, place) for floor, row in enumerate(FLOORS) for place, name in enumerate(row)}

@@ -36,6 +36,49 @@ def test_a_changed_figure_is_noticed(readme: ModuleType) -> None:
     assert readme.fill(tampered) != tampered
 
 
+def test_floors_people_intervals_and_costs_are_shown(readme: ModuleType) -> None:
+    for dataset in ("flickr8k", "shapes"):
+        block = readme.FIGURES[dataset]()
+        for result in readme.results(dataset).values():
+            low, high = result["intervals"]["BLEU-4"]
+            assert f"{result['scores']['BLEU-4']:.1f} [{low:.1f}, {high:.1f}]" in block
+            for row in (*result["floors"].values(), result["people"]["human"], result["people"]["system"]):
+                assert f"| {row['scores']['BLEU-4']:.1f} [" in block
+        assert all(f"*{row}*" in block for row in ("constant caption", "random training caption", "nearest neighbour"))
+        assert "*one human*" in block
+    assert readme.FIGURES["cost"]().count("\n") == 1 + len(readme.results())
+
+
+def test_published_figures_name_source_encoder_and_protocol(readme: ModuleType) -> None:
+    block = readme.FIGURES["published"]()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()[2:]]
+    assert len(rows) >= 5 and all(row[0] and row[1] and row[2] and row[-1] for row in rows)
+    assert {f"`{result['model']}`" for result in readme.results("flickr8k").values()} < {row[0] for row in rows}
+    others = [row for row in rows if row[1] != "this course"]
+    assert all("arXiv" in row[1] for row in others)
+
+
+def test_benchmarks_that_are_there_are_shown(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = readme.read("benchmarks")
+    rate = {
+        "captions_per_second": 90.5,
+        "library_captions_per_second": 45.2,
+        "ratio": 2.0,
+        "equal_captions": "32 of 32",
+    }
+    machine = bench["extraction"]["machine"]
+    bench["library"] = {
+        search + kind: rate for search in ("greedy", "beam_5") for kind in ("", "_fixed_length", "_one_image")
+    } | {"batch": 32, "dtype": "float32", "threads": 2, "machine": machine}
+    bench["metrics"] = {
+        "images": 1000, "resamples": 1000, "seconds": 0.7, "seconds_meteor": 4.5, "peak_anonymous_gigabytes": 0.3,
+        "machine": machine,
+    }  # fmt: skip
+    monkeypatch.setattr(readme, "read", lambda name: bench)
+    block = readme.speed()
+    assert "| 0.7 s; METEOR (nltk) 4.5 s |" in block and block.count("| 90.5 | 45.2 | 2.0 | 32 of 32 |") == 6
+
+
 def test_links_and_pictures_exist() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     local = [target for target in targets if "://" not in target]

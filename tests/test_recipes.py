@@ -123,13 +123,12 @@ def test_a_clip_prefix_starts_from_its_clips_words(with_clip: Prepared, tmp_path
     table = with_clip.scorer.clip.text_model.embeddings.token_embedding.weight
     own = captioner_of(with_clip, tmp_path).embedding.weight.detach()
     torch.testing.assert_close(own / own.std(), table / table.std())
-    assert own.std() == pytest.approx(24**-0.5, rel=1e-4) 
+    assert own.std() == pytest.approx(24**-0.5, rel=1e-4)
     # Into another width angles are kept, as well as it allows: exactly, where it is wider.
     wider = captioner_of(with_clip, tmp_path, d_model=48).embedding.weight.detach()
     cosines = torch.nn.functional.cosine_similarity
-    torch.testing.assert_close(
-        cosines(wider[:5, None], wider[None, 5:9], dim=2), cosines(table[:5, None], table[None, 5:9], dim=2)
-    )
+    few, others = wider[:5, None], wider[None, 5:9]
+    torch.testing.assert_close(cosines(few, others, dim=2), cosines(table[:5, None], table[None, 5:9], dim=2))
 
 
 def test_or_reads_them_by_its_clips_frozen_tower(with_clip: Prepared, tmp_path: Path) -> None:

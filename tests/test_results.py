@@ -2,22 +2,33 @@
 
 import json
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, ROOT, tiny_manifest, tiny_trainer
-from results_rules import prediction_problems, problems
+from helpers import CPU, ROOT, tiny_encoder, tiny_manifest, tiny_trainer
+from results_rules import SCORES, prediction_problems, problems
 
 from capgen_utils.checkpoint import load_bundle
 from capgen_utils.config import DecodingConfig
+from capgen_utils.datasets import load_dataset
 from capgen_utils.encoders import Encoder
 from capgen_utils.features import extract
-from capgen_utils.files import CapGenError
+from capgen_utils.files import CapGenError, write_json
 from capgen_utils.machine import machine, revision
-from capgen_utils.metrics import bleu
-from capgen_utils.results import Evaluation, evaluate, protocol, scores, summary, write_predictions
+from capgen_utils.metrics import bleu, diversity, load_captions
+from capgen_utils.results import (
+    Evaluation,
+    evaluate,
+    predictions_path,
+    protocol,
+    read_result,
+    rescore,
+    summary,
+    write_predictions,
+)
+from capgen_utils.scoring import scores, split_references
 
 RESULTS = sorted((ROOT / "results").glob("**/*.json"))
 
@@ -81,6 +92,62 @@ def test_predictions_are_in_cocos_format(evaluation: tuple[Evaluation, Path], tm
 def test_the_summary_shows_the_rules_beside_the_numbers(evaluation: tuple[Evaluation, Path]) -> None:
     text = summary(evaluation[0].result)
     assert all(part in text for part in ("BLEU-4", "tiny", "5 images", "greedy", "corpus level"))
+    assert all(row in text for row in ("constant caption", "random training caption", "nearest neighbour"))
+    assert "WARNING: few references" in text
+
+
+def test_what_a_caption_costs_is_measured(evaluation: tuple[Evaluation, Path]) -> None:
+    spent = evaluation[0].result["cost"]
+    assert spent["images"] == 5 and spent["decoding_ms"] > 0 and spent["encoding_ms"] > 0
+    bundle = load_bundle(evaluation[1] / "run" / "bundle")
+    values = [*bundle.model.parameters(), *bundle.model.buffers()]
+    assert spent["captioner_megabytes"] == round(sum(v.numel() * v.element_size() for v in values) / 1e6, 1)
+    assert evaluation[0].result["unfinished"] in range(6)
+
+
+# --- scored again ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(evaluation: tuple[Evaluation, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CAPGEN_DATA", str(evaluation[1] / "data"))
+    write_json(tmp_path / "tiny.json", evaluation[0].result)
+    write_predictions(predictions_path(tmp_path / "tiny.json"), evaluation[0].captions)
+    return tmp_path / "tiny.json"
+
+
+def test_scoring_again_finds_the_same_and_keeps_the_rest(stored: Path, evaluation: tuple[Evaluation, Path]) -> None:
+    manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
+    before = evaluation[0].result
+    again = rescore(stored, manifest)
+    assert again.captions == evaluation[0].captions
+    for part in ("scores", "intervals", "floors", "people", "warnings", "protocol", "training_run", "cost", "machine"):
+        assert again.result[part] == before[part], part
+    assert set(again.result) == set(before) | {"rescored"} and set(again.result["rescored"]) == {"date", "revision"}
+    assert "nearest neighbour" in again.result["floors"], "the features of training were found without the encoder"
+
+
+def test_scoring_again_adds_what_an_old_file_lacks(stored: Path, evaluation: tuple[Evaluation, Path]) -> None:
+    manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
+    old = evaluation[0].result
+    kept = {key: old[key] for key in old if key not in ("intervals", "floors", "people", "warnings", "findings")}
+    write_json(stored, kept | {"scores": {"BLEU-4": 99.0}})
+    assert rescore(stored, manifest).result["scores"] == old["scores"]
+
+
+def test_scoring_again_refuses_what_does_not_fit(stored: Path, evaluation: tuple[Evaluation, Path]) -> None:
+    manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
+    with pytest.raises(CapGenError, match="not other"):
+        rescore(stored, replace(manifest, name="other"))
+    write_predictions(predictions_path(stored), evaluation[0].captions | {"strange.png": "a square"})
+    with pytest.raises(CapGenError, match=r"strange\.png"):
+        rescore(stored, manifest)
+    predictions_path(stored).unlink()
+    with pytest.raises(CapGenError, match="cannot read"):
+        rescore(stored, manifest)
+    stored.write_text('{"kind": "benchmarks"}')
+    with pytest.raises(CapGenError, match="does not hold the results"):
+        read_result(stored)
 
 
 def test_an_unknown_split_is_refused(evaluation: tuple[Evaluation, Path]) -> None:
@@ -96,11 +163,42 @@ def test_a_part_of_a_split_shows_in_the_protocol(evaluation: tuple[Evaluation, P
     assert (said["images"], said["images_in_split"]) == (1, 5)
 
 
+def test_a_limit_is_named_beside_the_scores(
+    evaluation: tuple[Evaluation, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = evaluation[1]
+    monkeypatch.setenv("CAPGEN_DATA", str(folder / "data"))
+    bundle = load_bundle(folder / "run" / "bundle")
+    monkeypatch.setattr(type(bundle), "build_encoder", lambda self, weights=None: tiny_encoder())
+    manifest = tiny_manifest(folder / "images", train=10, dev=3, test=5)
+    found = evaluate(bundle, manifest, "test", DecodingConfig(beam=1, max_length=8), limit=2).result
+    assert (found["protocol"]["images"], found["protocol"]["images_in_split"]) == (2, 5)
+    assert "only 2 of the split's 5" in found["warnings"]["subset"]
+    seen = evaluate(bundle, manifest, "train", DecodingConfig(beam=1, max_length=8)).result
+    assert "10 of 10 images are training images" in seen["warnings"]["training images"]
+
+
 def test_machine_and_revision() -> None:
     found = machine()
     assert platform.node() not in json.dumps(found) or len(platform.node()) < 4
     assert found["versions"]["torch"] == torch.__version__ or found["versions"]["torch"] in torch.__version__
     assert revision() == "unknown" or len(revision().rstrip("+")) >= 7
+
+
+EVALUATIONS = [path for path in RESULTS if predictions_path(path).is_file()]
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda p: p.stem)
+def test_scores_in_the_repository_follow_from_the_captions(path: Path, request: pytest.FixtureRequest) -> None:
+    result = read_result(path)
+    rules = result["protocol"]
+    folder = request.getfixturevalue("flickr8k") if rules["dataset"] == "flickr8k" else None
+    manifest = load_dataset(rules["dataset"], folder)
+    captions = load_captions(predictions_path(path))
+    found = scores(captions, split_references(captions, manifest, rules["split"]), manifest)
+    assert found.keys() >= SCORES
+    for name in found.keys() & result["scores"].keys():
+        assert result["scores"][name] == pytest.approx(found[name], abs=1e-3), f"{name}: capgen evaluate --rescore"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -113,3 +211,7 @@ def test_results_in_the_repository_are_complete(path: Path) -> None:
         assert problems(result) == []
         assert result["protocol"]["images"] == result["protocol"]["images_in_split"], "scores of a part of the split"
         assert "+" not in result["protocol"]["revision"], "made from code that was not committed"
+        predictions = load_captions(predictions_path(path))
+        assert len(predictions) == result["protocol"]["images"]
+        assert diversity(predictions)["distinct"] == result["scores"]["distinct"], "captions and scores belong together"
+        assert result["people"], "people have captioned these images more than once"

@@ -6,12 +6,14 @@ from capgen_utils.metrics.diagnosis import Finding, diagnose
 from capgen_utils.metrics.diversity import diversity, mutual_bleu, originality
 from capgen_utils.metrics.formats import load_captions, load_references
 from capgen_utils.metrics.judgement import agreement, agreement_table, judged_pairs, read_judgements
-from capgen_utils.metrics.meteor import Meteor, find_wordnet, has_meteor_java, meteor_java, meteor_nltk
+from capgen_utils.metrics.meteor import Meteor, MeteorJava, find_wordnet, has_meteor_java, meteor_java, meteor_nltk
 from capgen_utils.metrics.protocol import labels
 from capgen_utils.metrics.scores import (
     BLEU_PROTOCOL,
     PROTOCOLS,
+    TOKENISATION,
     Statistics,
+    Summed,
     bleu,
     cider,
     cider_d,
@@ -20,9 +22,9 @@ from capgen_utils.metrics.scores import (
 )
 
 __all__ = [
-    "BLEU_PROTOCOL", "PROTOCOLS", "Difference", "Finding", "Interval", "Meteor", "Statistics", "agreement",
-    "agreement_table", "bleu", "cider", "cider_d", "clip_score", "diagnose", "diversity", "find_wordnet",
-    "has_meteor_java", "intervals", "judged_pairs", "labels", "load_captions", "load_references", "meteor_java",
-    "meteor_nltk", "mutual_bleu", "originality", "paired_bootstrap", "read_judgements", "ref_clip_score", "rouge_l",
-    "score", "score_with_intervals",
+    "BLEU_PROTOCOL", "PROTOCOLS", "TOKENISATION", "Difference", "Finding", "Interval", "Meteor", "MeteorJava",
+    "Statistics", "Summed", "agreement", "agreement_table", "bleu", "cider", "cider_d", "clip_score", "diagnose",
+    "diversity", "find_wordnet", "has_meteor_java", "intervals", "judged_pairs", "labels", "load_captions",
+    "load_references", "meteor_java", "meteor_nltk", "mutual_bleu", "originality", "paired_bootstrap",
+    "read_judgements", "ref_clip_score", "rouge_l", "score", "score_with_intervals",
 ]  # fmt: skip

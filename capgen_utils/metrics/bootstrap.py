@@ -4,13 +4,13 @@ Images are drawn with replacement (Efron 1979; for captions and translations Koe
 per-image statistics, so nothing is counted again; CIDEr's document frequencies stay those of all evaluated references.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from capgen_utils.files import CapGenError
-from capgen_utils.metrics.scores import Captions, References, Statistics
+from capgen_utils.metrics.scores import Captions, Extra, References, Statistics
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -62,7 +62,7 @@ def score_with_intervals(
     references: References,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    extra: Mapping[str, Mapping[str, float]] | None = None,
+    extra: Extra | None = None,
 ) -> dict[str, Interval]:
     """Return what ``score`` does, each with its 95 % interval.
 

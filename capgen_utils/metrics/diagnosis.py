@@ -9,6 +9,7 @@ from capgen_utils.text import tokenise
 CUT = 0.03  # share of captions without an end above which they count as truncated
 LOOPING = 0.02
 COPIED = 0.5
+USUAL = 2.0  # times what people copy, unknowingly, where there are few ways to say a thing
 # No caption ends with one of these; people's do once in a thousand.
 _NEVER_LAST = {
     "a", "an", "the", "of", "with", "and", "or", "but", "from", "his", "her", "their", "its", "is", "are", "into", "to",
@@ -37,6 +38,7 @@ def diagnose(
     captions: Mapping[str, str],
     ended: Mapping[str, bool] | None = None,
     training: Iterable[str] | None = None,
+    references: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Finding]:
     """Name what is wrong with captions.
 
@@ -45,6 +47,8 @@ def diagnose(
         ended: image -> whether the caption came to its end token; without it, captions that stop at a word that
             ends no sentence ("a", "with") are taken for cut off.
         training: every training caption; without them copying is not looked for.
+        references: human captions of the same images: up to twice as many training captions as among those are no
+            fault.
 
     Returns:
         One finding for each thing that concerns too many captions; empty if all is well.
@@ -52,7 +56,7 @@ def diagnose(
     words = {image: tokenise(caption) for image, caption in captions.items()}
     found = [_collapse(captions), _truncation(words, ended), _looping(words)]
     if training is not None:
-        found.append(_copying(words, training))
+        found.append(_copying(words, training, [text for each in (references or {}).values() for text in each]))
     return [finding for finding in found if finding is not None]
 
 
@@ -103,10 +107,11 @@ def _loops(caption: Sequence[str]) -> Iterator[bool]:
             yield caption[i : i + size] == caption[i + size : i + 2 * size]
 
 
-def _copying(words: Mapping[str, Sequence[str]], training: Iterable[str]) -> Finding | None:
+def _copying(words: Mapping[str, Sequence[str]], training: Iterable[str], human: Sequence[str]) -> Finding | None:
     read = {tuple(tokenise(caption)) for caption in training}
     copied = [image for image, caption in words.items() if tuple(caption) in read]
-    if len(copied) <= COPIED * len(words):
+    usual = sum(tuple(tokenise(caption)) in read for caption in human) / max(1, len(human))
+    if len(copied) <= max(COPIED, USUAL * usual) * len(words):
         return None
     return Finding(
         "copying",

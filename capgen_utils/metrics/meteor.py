@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import nltk
+import numpy as np
 from nltk.corpus import wordnet
 from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from nltk.stem.porter import PorterStemmer
@@ -23,6 +24,7 @@ from nltk.translate.meteor_score import single_meteor_score
 
 from capgen_utils.files import CapGenError
 from capgen_utils.metrics.ngrams import check_images
+from capgen_utils.metrics.scores import Summed
 from capgen_utils.text import tokenise
 
 SYSTEM_WORDNET = Path("/usr/share/wordnet")  # of the packages wordnet-base and wordnet-sense-index
@@ -37,11 +39,13 @@ class Meteor:
         label: which METEOR it is, and with which WordNet.
         corpus: the score of all captions, times 100.
         images: image -> score, times 100.
+        summed: what the corpus score follows from, where that is not the mean over images.
     """
 
     label: str
     corpus: float
     images: dict[str, float]
+    summed: Summed | None = None
 
 
 class _SystemWordNet(WordNetCorpusReader):
@@ -114,13 +118,20 @@ def _open_wordnet(folder: Path) -> WordNetCorpusReader:
         return _SystemWordNet(str(folder), None)
 
 
-def meteor_nltk(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], reader: Any = None) -> Meteor:
+def meteor_nltk(
+    hypotheses: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    reader: Any = None,
+    known: dict[tuple[str, str], float] | None = None,
+) -> Meteor:
     """Return nltk's METEOR (Lavie and Agarwal 2007), the best over an image's references, mean over images.
 
     Args:
         hypotheses: image -> generated caption.
         references: image -> its human captions, as they were written.
         reader: nltk's reader of WordNet; by default what ``find_wordnet`` finds.
+        known: scores of (reference, caption); those that are missing are added. Give the same one to several calls on
+            the same captions, and each pair is compared once.
 
     Raises:
         CapGenError: WordNet is not there; the two name different images, or there is nothing to score.
@@ -134,11 +145,13 @@ def meteor_nltk(hypotheses: Mapping[str, str], references: Mapping[str, Sequence
             "or let WNSEARCHDIR name the folder that holds its index.noun",
         )
     words = _Remembered(reader)
+    known = {} if known is None else known
     images = {}
     for image, caption in hypotheses.items():
-        said = tokenise(caption)
-        each = [single_meteor_score(tokenise(r), said, stemmer=words, wordnet=words) for r in references[image]]
-        images[image] = 100 * max(each)
+        for pair in ((reference, caption) for reference in references[image]):
+            if pair not in known:
+                known[pair] = single_meteor_score(*map(tokenise, pair), stemmer=words, wordnet=words)
+        images[image] = 100 * max(known[reference, caption] for reference in references[image])
     label = f"METEOR of nltk {nltk.__version__} with WordNet {reader.get_version()}, times 100; not METEOR 1.5"
     return Meteor(label, sum(images.values()) / len(images), images)
 
@@ -146,6 +159,73 @@ def meteor_nltk(hypotheses: Mapping[str, str], references: Mapping[str, Sequence
 def has_meteor_java() -> bool:
     """Return whether METEOR 1.5 can run: Java, and the package pycocoevalcap, which brings the program."""
     return shutil.which("java") is not None and importlib.util.find_spec("pycocoevalcap") is not None
+
+
+# The parameters that version 1.5 uses for English: how much precision, fragments and words with content count, and how
+# much matches of equal words, equal stems, synonyms and paraphrases do.
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
+
+
+def meteor_of_sums(sums: np.ndarray) -> np.ndarray:
+    """Return METEOR 1.5, times 100, from the program's statistics (Denkowski and Lavie 2014).
+
+    Args:
+        sums: (..., 23): words of caption and reference; function words of both; for each of the four kinds of matches
+            those of words with content in caption and reference, and of function words in both; chunks; matched words
+            of both.
+
+    Returns:
+        (...).
+    """
+    words, function = sums[..., 0:2], sums[..., 2:4]
+    matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 2, 2)  # (..., kind, content or function, caption or not)
+    found = np.einsum("k,...kct,c->...t", _WEIGHTS, matches, [_DELTA, 1 - _DELTA])
+    said = _DELTA * (words - function) + (1 - _DELTA) * function
+    precision, recall = np.moveaxis(_ratio(found, said), -1, 0)
+    both = _ratio(precision * recall, _ALPHA * precision + (1 - _ALPHA) * recall)
+    fragments = _ratio(sums[..., 20], sums[..., 21:23].mean(axis=-1))
+    return np.asarray(100 * both * (1 - _GAMMA * fragments**_BETA))
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole > 0)
+
+
+class MeteorJava:
+    """METEOR 1.5 by the reference's Java program, which starts once and stays for all calls.
+
+    Raises:
+        CapGenError: Java or pycocoevalcap is missing.
+    """
+
+    def __init__(self) -> None:
+        if not has_meteor_java():
+            raise CapGenError(
+                "METEOR 1.5 needs Java and the package pycocoevalcap",
+                "install Java 8 or newer and run: pip install pycocoevalcap; or use nltk's METEOR",
+            )
+        from pycocoevalcap.meteor.meteor import Meteor as Program
+
+        self._program = Program()
+
+    def __call__(self, hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Meteor:
+        """Return METEOR 1.5 of captions; see ``meteor_java``."""
+        check_images(hypotheses, references)
+        rows = {image: self._statistics(caption, references[image]) for image, caption in hypotheses.items()}
+        table = np.array(list(rows.values()))
+        images = dict(zip(rows, meteor_of_sums(table).tolist(), strict=True))
+        corpus = float(meteor_of_sums(table.sum(axis=0)))
+        return Meteor(JAVA_PROTOCOL, corpus, images, Summed(rows, meteor_of_sums))
+
+    def _statistics(self, caption: str, references: Sequence[str]) -> list[float]:
+        """Let the program compare a caption with its references."""
+        written = [" ".join(tokenise(reference)) for reference in references]
+        row = [float(value) for value in self._program._stat(" ".join(tokenise(caption)), written).split()]
+        whole = row[21] == row[0] and row[22] == row[1]
+        if whole and row[20] == 1:
+            row[20] = 0.0  # all of both in one piece: nothing is fragmented, and the program counts no chunk
+        return row
 
 
 def meteor_java(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Meteor:
@@ -159,15 +239,4 @@ def meteor_java(hypotheses: Mapping[str, str], references: Mapping[str, Sequence
         CapGenError: Java or pycocoevalcap is missing; the two name different images, or there is nothing to score.
     """
     check_images(hypotheses, references)
-    if not has_meteor_java():
-        raise CapGenError(
-            "METEOR 1.5 needs Java and the package pycocoevalcap",
-            "install Java 8 or newer and run: pip install pycocoevalcap; or use nltk's METEOR",
-        )
-    from pycocoevalcap.meteor.meteor import Meteor as Program
-
-    names = list(hypotheses)
-    said = {name: [" ".join(tokenise(hypotheses[name]))] for name in names}
-    written = {name: [" ".join(tokenise(caption)) for caption in references[name]] for name in names}
-    corpus, each = Program().compute_score(written, said)
-    return Meteor(JAVA_PROTOCOL, 100 * corpus, {name: 100 * value for name, value in zip(names, each, strict=True)})
+    return MeteorJava()(hypotheses, references)

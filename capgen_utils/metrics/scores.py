@@ -4,8 +4,8 @@ Every score is times 100: 100 is the best of BLEU and ROUGE-L, 1,000 that of CID
 as "CIDEr" is CIDEr-D.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import sparse
@@ -35,6 +35,22 @@ _TINY, _SMALL = 1e-15, 1e-9
 
 
 @dataclass(frozen=True)
+class Summed:
+    """A metric that is no mean over images, but follows from sums over them, as BLEU does.
+
+    Attributes:
+        rows: image -> K numbers that are added up over images.
+        score: sums (..., K) -> scores (...), times 100.
+    """
+
+    rows: Mapping[str, Sequence[float]]
+    score: Callable[[np.ndarray], np.ndarray]
+
+
+Extra = Mapping[str, Mapping[str, float] | Summed]
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What a system's scores are made of, image by image; a score of any sample of images follows from it.
 
@@ -42,22 +58,23 @@ class Statistics:
         images: names of the I images, sorted.
         bleu: (I, 10): words said, words of the reference closest in length, matches and n-grams said for n = 1 to 4.
         means: name -> (I,): scores whose corpus value is the mean over images, times 100.
+        sums: name -> (I, K) and what turns its sums into a score.
     """
 
     images: list[str]
     bleu: np.ndarray
     means: dict[str, np.ndarray]
+    sums: dict[str, tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, hypotheses: Captions, references: References, extra: Mapping[str, Mapping[str, float]] | None = None
-    ) -> "Statistics":
+    def of(cls, hypotheses: Captions, references: References, extra: Extra | None = None) -> "Statistics":
         """Compare captions with references.
 
         Args:
             hypotheses: image -> generated caption.
             references: image -> its human captions, as they were written.
-            extra: name -> image -> score times 100, of more metrics that are means over images (METEOR, CLIPScore).
+            extra: name -> image -> score times 100, of more metrics that are means over images (nltk's METEOR,
+                CLIPScore); or a ``Summed`` (METEOR 1.5).
 
         Raises:
             CapGenError: the captions name other images than the references or ``extra``, or there is nothing to score.
@@ -65,13 +82,19 @@ class Statistics:
         compared = Compared.of(hypotheses, references)
         cider_d, cider = _cider(compared)
         means = {"ROUGE-L": _rouge_l(compared), "CIDEr-D": cider_d, "CIDEr": cider}
-        for name, scores in (extra or {}).items():
-            if set(scores) != set(hypotheses):
+        sums = {}
+        for name, found in (extra or {}).items():
+            rows = found.rows if isinstance(found, Summed) else found
+            if set(rows) != set(hypotheses):
                 raise CapGenError(
                     f"{name} was computed for other images", "compute it for the captions that are scored"
                 )
-            means[name] = np.array([scores[image] for image in compared.images])
-        return cls(compared.images, _bleu(compared), means)
+            values = np.array([rows[image] for image in compared.images])
+            if isinstance(found, Summed):
+                sums[name] = (values, found.score)
+            else:
+                means[name] = values
+        return cls(compared.images, _bleu(compared), means, sums)
 
     def scores(self) -> dict[str, float]:
         """Return the scores over all images."""
@@ -89,7 +112,8 @@ class Statistics:
         bleu = bleu_of_sums(weights @ self.bleu)
         result = {name: bleu[:, i] for i, name in enumerate(BLEU_NAMES)}
         total = weights.sum(axis=1)
-        return result | {name: weights @ values / total for name, values in self.means.items()}
+        result |= {name: weights @ values / total for name, values in self.means.items()}
+        return result | {name: score(weights @ rows) for name, (rows, score) in self.sums.items()}
 
 
 def bleu(hypotheses: Captions, references: References) -> dict[str, float]:
@@ -124,9 +148,7 @@ def cider_d(hypotheses: Captions, references: References) -> dict[str, float]:
     return {"CIDEr-D": float(_cider(Compared.of(hypotheses, references))[0].mean())}
 
 
-def score(
-    hypotheses: Captions, references: References, extra: Mapping[str, Mapping[str, float]] | None = None
-) -> dict[str, float]:
+def score(hypotheses: Captions, references: References, extra: Extra | None = None) -> dict[str, float]:
     """Return BLEU-1 to BLEU-4, ROUGE-L, CIDEr-D and CIDEr, and the means of ``extra``, all times 100.
 
     Args:
