@@ -92,7 +92,7 @@ def test_numbered_notebooks_check_what_they_build(path: Path) -> None:
     assert checks >= 4 and checks / len(cells) > 0.2
 
 
-@pytest.mark.parametrize("path", [p for p in NUMBERED if p.name[:2] in ("02", "05")], ids=named)
+@pytest.mark.parametrize("path", [p for p in NUMBERED if p.name[:2] in ("02", "05", "06", "07")], ids=named)
 def test_tensor_lines_say_their_shape(path: Path) -> None:
     lines = [line for cell in code_cells(path) for line in cell.source.splitlines()]
     operations = re.compile(r"\.(?:transpose|permute|flatten|unflatten|softmax|log_softmax|masked_fill|gather)\(")
@@ -124,7 +124,12 @@ def test_stored_outputs_are_clean_and_come_from_this_code(path: Path) -> None:
 # --- as they run ----------------------------------------------------------------------------------------------------
 
 
-TRAINED = {"03": ["show_tell"], "04": ["show_tell", "attend_tell"]}  # by number; the others need the transformer
+TRAINED = {  # by number; the others need the transformer
+    "03": ["show_tell"],
+    "04": ["show_tell", "attend_tell"],
+    "06": ["clip_prefix"],
+    "07": ["clip_gpt2"],
+}
 
 
 @pytest.mark.notebooks
