@@ -63,6 +63,7 @@ class Caption:
         words: the caption token by token.
         ended: false where it was cut at the maximum length.
         candidates: all captions found, best first; the first is ``text``.
+        tokens: their ids, one for each of ``words``.
     """
 
     text: str
@@ -70,6 +71,7 @@ class Caption:
     words: tuple[str, ...]
     ended: bool
     candidates: tuple[Candidate, ...]
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,8 @@ class Captioner:
             part = paths[start : start + batch_size]
             try:
                 captions: Sequence[Caption | CapGenError] = self._caption_batch(part, plan)
-            except CapGenError:  # find the ones that are to blame
-                captions = [self._caption_or_error(path, plan) for path in part]
+            except CapGenError:
+                captions = self._caption_readable(part, plan)
             yield from zip(part, captions, strict=True)
 
     def attention(self, image: ImageLike, **options: Unpack[DecodingOptions]) -> tuple[Caption, dict[str, Tensor]]:
@@ -256,6 +258,16 @@ class Captioner:
     def _look(self, scorer: DualEncoder, images: Sequence[Any]) -> Tensor:
         return scorer.embed_images(images, self.bundle.extraction_dtype)
 
+    def _caption_readable(self, paths: Sequence[Path], plan: _Plan) -> list[Caption | CapGenError]:
+        """Caption those of a batch that can be read, still together; the others get their errors."""
+        opened = [_why_unreadable(path) for path in paths]
+        good = [path for path, error in zip(paths, opened, strict=True) if error is None]
+        try:
+            captions = iter(self._caption_batch(good, plan) if good else ())
+        except CapGenError:  # it is not the files: find the ones that are to blame
+            return [self._caption_or_error(path, plan) for path in paths]
+        return [next(captions) if error is None else error for error in opened]
+
     def _caption_or_error(self, path: Path, plan: _Plan) -> Caption | CapGenError:
         try:
             return self._caption_batch([path], plan)[0]
@@ -273,4 +285,12 @@ class Captioner:
             for i in order
         )  # fmt: skip
         words = tuple(self.tokenizer.words(best.tokens))
-        return Caption(candidates[0].text, best.log_probability, words, best.ended, candidates)
+        return Caption(candidates[0].text, best.log_probability, words, best.ended, candidates, best.tokens)
+
+
+def _why_unreadable(path: Path) -> CapGenError | None:
+    try:
+        open_image(path)
+    except CapGenError as error:
+        return error
+    return None

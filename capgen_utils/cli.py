@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from capgen_utils import __version__
+from capgen_utils.arguments import (
+    INTERRUPTED,
+    add_command,
+    add_decoding_options,
+    add_reranking_options,
+    decoding_options,
+)
+from capgen_utils.captioning import add_caption
 from capgen_utils.config import data_dir
 from capgen_utils.files import CapGenError, write_json
 from capgen_utils.presets import PRESETS, get_preset
 
 _JAVA = "METEOR 1.5 too, the one that papers report; needs Java and: pip install pycocoevalcap"
-INTERRUPTED = 130  # what shells return after Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,25 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"capgen {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        _add_doctor, _add_download, _add_pretrain, _add_train, _add_evaluate, _add_score, _add_leaderboard,
-        _add_caption, _add_course,
+        _add_doctor, _add_download, _add_pretrain, _add_train, _add_evaluate, _add_attention, _add_score,
+        _add_leaderboard, add_caption, _add_info, _add_course, _add_completion,
     ):  # fmt: skip
         add(commands)
-    return parser
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something: "None" and "False" do not."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, formatter_class=_HelpFormatter
-    )
-    parser.set_defaults(run=run)
     return parser
 
 
@@ -78,7 +70,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(commands: Any) -> None:
-    _command(commands, "doctor", _doctor, "Check this machine and say what is missing and how to get it.")
+    add_command(commands, "doctor", _doctor, "Check this machine and say what is missing and how to get it.")
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -90,7 +82,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _add_download(commands: Any) -> None:
-    parser = _command(commands, "download", _download, "Get a dataset, or find the one that is there already.")
+    parser = add_command(commands, "download", _download, "Get a dataset, or find the one that is there already.")
     parser.add_argument("dataset", nargs="?", default="flickr8k", help="shapes, flickr8k, flickr30k or coco")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="where it is or shall be")
 
@@ -109,7 +101,7 @@ def _download(options: argparse.Namespace) -> None:
 
 
 def _add_pretrain(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "pretrain",
         _pretrain,
@@ -140,7 +132,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    parser = _command(commands, "train", _train, "Train a captioner; a run that was stopped goes on where it was.")
+    parser = add_command(commands, "train", _train, "Train a captioner; a run that was stopped goes on where it was.")
     parser.add_argument(
         "--model", default="transformer", help=f"which captioner: {', '.join(PRESETS['shapes'].models)}"
     )
@@ -192,7 +184,7 @@ def _chosen_preset(options: argparse.Namespace) -> Any:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _command(commands, "evaluate", _evaluate, "Caption a split and score the captions.")
+    parser = add_command(commands, "evaluate", _evaluate, "Caption a split and score the captions.")
     parser.add_argument(
         "--bundle", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
     )
@@ -211,8 +203,8 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--judge", type=Path, metavar="FOLDER", help="a CLIP that chose nothing and says how well captions fit"
     )
-    _add_decoding_options(parser)
-    _add_reranking_options(parser)
+    add_decoding_options(parser)
+    add_reranking_options(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -225,16 +217,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     from capgen_utils.results import evaluate
 
     bundle = load_bundle(options.bundle or DEFAULT_BUNDLE)
-    trained_on = PRESETS.get(bundle.info.get("preset", ""))
-    dataset = options.dataset or (trained_on.dataset if trained_on else "flickr8k")
-    manifest = load_dataset(dataset, options.data)
-    decoding = with_options(bundle.decoding, **_decoding_options(options))
+    manifest = load_dataset(_dataset_of(bundle, options), options.data)
+    decoding = with_options(bundle.decoding, **decoding_options(options))
     evaluation = evaluate(
         bundle, manifest, options.split, decoding, options.encoder_weights, _choosing(options, bundle), options.limit,
         options.java,
     )  # fmt: skip
     name = options.name or f"{manifest.name}_{bundle.info['model']}"
     _write_evaluation(options.output / f"{name}.json", evaluation)
+
+
+def _dataset_of(bundle: Any, options: argparse.Namespace) -> str:
+    """The dataset that is asked for, else the one that the captioner was trained on."""
+    trained_on = PRESETS.get(bundle.info.get("preset", ""))
+    return options.dataset or (trained_on.dataset if trained_on else "flickr8k")
 
 
 def _rescore(options: argparse.Namespace) -> None:
@@ -265,11 +261,41 @@ def _choosing(options: argparse.Namespace, bundle: Any) -> Any:
     if not options.rerank:
         return Choosing(judge=judge)
     scorer = require_scorer(bundle, options.scorer, options.encoder_weights)
-    return Choosing(scorer, temperatures_of(options.temperatures, _decoding_options(options)), judge)
+    return Choosing(scorer, temperatures_of(options.temperatures, decoding_options(options)), judge)
+
+
+def _add_attention(commands: Any) -> None:
+    parser = add_command(
+        commands, "attention", _attention, "Test where a captioner looks: pointing game on shapes, deletion test."
+    )
+    parser.add_argument(
+        "--bundle", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
+    )
+    parser.add_argument("--split", default="test", help="dev or test")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
+    parser.add_argument("--dataset", help="instead of the one the captioner was trained on")
+    parser.add_argument("--images", type=int, default=100, metavar="N", help="the first N images of the split")
+    parser.add_argument("--seed", type=int, default=0, help="of random patches and of the intervals")
+    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
+    parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where the results go")
+
+
+def _attention(options: argparse.Namespace) -> None:
+    from capgen_utils.captioner import Captioner
+    from capgen_utils.datasets import load_dataset
+    from capgen_utils.grounding import measure, summary
+
+    captioner = Captioner.from_bundle(options.bundle, encoder_weights=options.encoder_weights)
+    manifest = load_dataset(_dataset_of(captioner.bundle, options), options.data)
+    result = measure(captioner, manifest, options.split, options.images, options.seed)
+    path = options.output / f"{manifest.name}_{result['model']}_attention.json"
+    write_json(path, result)
+    print(summary(result))
+    print(f"written: {path}")
 
 
 def _add_score(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "score",
         _score,
@@ -325,7 +351,7 @@ def _score_json(found: Any, with_intervals: bool, with_differences: bool) -> dic
 
 
 def _add_leaderboard(commands: Any) -> None:
-    parser = _command(commands, "leaderboard", _leaderboard, "Print and write the tables of all results files.")
+    parser = add_command(commands, "leaderboard", _leaderboard, "Print and write the tables of all results files.")
     parser.add_argument(
         "--results", type=Path, default=Path("results"), metavar="FOLDER", help="where the results files are"
     )
@@ -343,101 +369,8 @@ def _leaderboard(options: argparse.Namespace) -> None:
     print(f"written: {output}")
 
 
-def _add_caption(commands: Any) -> None:
-    parser = _command(commands, "caption", _caption, "Caption photographs, or whole folders of them.")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders")
-    parser.add_argument(
-        "--bundle", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line, with log-probability and candidates"
-    )
-    _add_decoding_options(parser)
-    _add_reranking_options(parser)
-
-
-def _caption(options: argparse.Namespace) -> int:
-    from tqdm.auto import tqdm
-
-    from capgen_utils.captioner import Captioner
-    from capgen_utils.images import find_images
-
-    paths = find_images(options.images)
-    captioner = Captioner.from_bundle(options.bundle, options.device, options.encoder_weights, options.scorer)
-    choosing = {"rerank": options.rerank, "temperatures": options.temperatures}
-    failed = 0
-    bar = tqdm(total=len(paths), unit="img", disable=len(paths) < 10 or not sys.stderr.isatty())
-    for path, result in captioner.caption_each(paths, **choosing, **_decoding_options(options)):
-        bar.update()
-        if isinstance(result, CapGenError):
-            failed += 1
-            print(f"capgen: {result}", file=sys.stderr)
-        elif options.json:
-            print(_caption_json(path, result, options.candidates))
-        else:
-            print(f"{path}: {result.text}" if len(paths) > 1 else result.text)
-            for candidate in result.candidates[: options.candidates] if options.candidates else ():
-                fits = f"  {candidate.clip_score:5.3f}" if candidate.clip_score is not None else ""
-                print(f"  {candidate.log_probability:8.2f}{fits}  {candidate.text}")
-    bar.close()
-    if failed and len(paths) > 1:
-        print(f"capgen: {failed} of {len(paths)} images could not be captioned", file=sys.stderr)
-    return 0 if not failed else 1 if failed < len(paths) else 2
-
-
-def _caption_json(path: Path, result: Any, candidates: int | None) -> str:
-    considered = [
-        {"text": c.text, "log_probability": round(c.log_probability, 4)}
-        | ({} if c.clip_score is None else {"temperature": c.temperature, "clip_score": round(c.clip_score, 4)})
-        for c in result.candidates
-    ]
-    described = {"image": str(path), "caption": result.text, "candidates": considered[:candidates]}
-    return json.dumps(described, ensure_ascii=False)
-
-
-_DECODING_OPTIONS: dict[str, tuple[type, str, str]] = {
-    "beam": (int, "N", "hypotheses kept; 1 is greedy search"),
-    "max_length": (int, "N", "longest caption in tokens"),
-    "min_length": (int, "N", "shortest caption in tokens"),
-    "length_penalty": (float, "X", "above 0 favours long captions in beam search"),
-    "groups": (int, "N", "diverse beam search: groups that share the beam and keep apart"),
-    "diversity": (float, "X", "how much the groups keep apart"),
-    "temperature": (float, "X", "above 0 draws captions: low ones are safe, high ones varied"),
-    "top_k": (int, "N", "draw among the N most likely tokens (alone: at temperature 1)"),
-    "top_p": (float, "X", "draw among the tokens that hold this probability (alone: at temperature 1)"),
-    "seed": (int, "N", "of what is drawn"),
-    "repetition_penalty": (float, "X", "above 1 avoids tokens that were said before"),
-    "no_repeat_ngram": (int, "N", "no run of N tokens comes twice"),
-    "candidates": (int, "N", "captions to consider for an image: as many draws, or a beam as wide"),
-}
-
-
-def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("decoding", "How captions are found; the defaults are the captioner's own.")
-    for name, (kind, metavar, text) in _DECODING_OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
-
-
-def _add_reranking_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("re-ranking", "A CLIP chooses the caption that fits the image best.")
-    group.add_argument("--rerank", action="store_true", help="let it choose")
-    group.add_argument(
-        "--scorer", type=Path, metavar="FOLDER", help="the CLIP (default: the captioner's own, where it has one)"
-    )
-    group.add_argument(
-        "--temperatures", type=float, nargs="+", metavar="X",
-        help="choose among captions drawn at these (default: 0 0.01 0.1 0.5 0.7 1 1.5; with --beam: among the beam's)",
-    )  # fmt: skip
-
-
-def _decoding_options(options: argparse.Namespace) -> Any:
-    return {name: getattr(options, name) for name in _DECODING_OPTIONS}
-
-
 def _add_course(commands: Any) -> None:
-    parser = _command(commands, "course", _course, "Run the course's notebooks and write them as pages to read.")
+    parser = add_command(commands, "course", _course, "Run the course's notebooks and write them as pages to read.")
     parser.add_argument("--preset", default="shapes", help=f"auto, {', '.join(PRESETS)}")
     parser.add_argument("--output", type=Path, default=Path("course-output"), metavar="FOLDER", help="for the pages")
     parser.add_argument("--only", metavar="NN", help="one notebook by its number, such as 05")
@@ -448,3 +381,37 @@ def _course(options: argparse.Namespace) -> int:
     from capgen_utils.course import run_course
 
     return run_course(options.preset, options.output, options.only, options.keep)
+
+
+def _add_info(commands: Any) -> None:
+    parser = add_command(commands, "info", _info, "Say what a bundle holds: model, encoder, training, scores, files.")
+    parser.add_argument(
+        "bundle", nargs="?", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from capgen_utils.bulk import printable
+    from capgen_utils.captioner import DEFAULT_BUNDLE
+    from capgen_utils.facts import bundle_facts, facts_text
+
+    facts = bundle_facts(options.bundle or DEFAULT_BUNDLE)
+    lines = map(printable, facts_text(facts).split("\n"))  # a bundle from elsewhere does not steer the terminal
+    print(json.dumps(facts, indent=2) if options.json else "\n".join(lines))
+
+
+def _add_completion(commands: Any) -> None:
+    parser = add_command(commands, "completion", _completion, "Print a script that lets a shell complete commands.")
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
+
+
+def _completion(options: argparse.Namespace) -> None:
+    import shtab
+
+    parser = _parser()
+    (commands,) = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in (action for command in commands.values() for action in command._actions):
+        if action.type is Path:
+            action.complete = shtab.DIRECTORY if action.metavar == "FOLDER" else shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, options.shell))

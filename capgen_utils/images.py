@@ -1,7 +1,9 @@
 """Photographs from outside, made harmless: decoded, turned upright, RGB, or refused with the reason."""
 
+import os
+import stat
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ MAX_PIXELS = 100_000_000  # a decoded RGB image of this size takes 300 MB
 MAX_BYTES = 200_000_000
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # an MPO of two pictures is opened by JPEG
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _TOO_LARGE = f"scale it to at most {MAX_PIXELS // 10**6} megapixels first"
 ImageLike = str | Path | Image.Image | np.ndarray
 
@@ -39,7 +42,9 @@ def open_image(source: ImageLike) -> Image.Image:
             raise CapGenError(f"the image cannot be read ({error})", "the file it came from is damaged") from error
     path = Path(source)
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if not stat.S_ISREG((status := path.stat()).st_mode):  # a pipe would be waited for
+            raise CapGenError(f"{path} is not a file", "name an image file")
+        if status.st_size > MAX_BYTES:
             raise CapGenError(f"{path} is larger than {MAX_BYTES // 10**6} MB", "save it smaller first")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
@@ -56,7 +61,7 @@ def open_image(source: ImageLike) -> Image.Image:
 
 
 def _remedy(path: Path) -> str:
-    if path.is_file() and path.stat().st_size == 0:
+    if os.path.isfile(path) and path.stat().st_size == 0:
         return "the file is empty: copy or download it again"
     return "the file is damaged or not an image: open it in a viewer, or save it again as JPEG or PNG"
 
@@ -97,25 +102,65 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return _to_rgb(Image.fromarray(array))
 
 
-def find_images(sources: Iterable[str | Path]) -> list[Path]:
-    """Expand folders (one level, sorted by name) to their image files; single files are kept as they are.
+def find_images(
+    sources: Iterable[str | Path], on_error: Callable[[Path, CapGenError], None] | None = None
+) -> list[Path]:
+    """Expand folders to the image files in them and in their folders; single files are kept as they are.
+
+    In a folder, a file is an image by its name, or by its first bytes where the name says nothing; what is hidden is
+    left out, and links to folders are not followed. The order is that of the names, so it is the same every time.
+
+    Args:
+        sources: files and folders.
+        on_error: gets each source or folder that cannot be used, and why; without it the first one ends the search.
 
     Raises:
-        CapGenError: a path does not exist, or a folder holds no image.
+        CapGenError: a path does not exist, or a folder cannot be read or holds no image.
     """
+
+    def refuse(path: Path, problem: str, remedy: str) -> None:
+        error = CapGenError(problem, remedy)
+        if on_error is None:
+            raise error
+        on_error(path, error)
+
     found: list[Path] = []
     for source in map(Path, sources):
-        if not source.exists():
-            raise CapGenError(f"there is no file or folder {source}", "check the path")
-        inside = (
-            sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-            if source.is_dir()
-            else [source]
-        )
-        if not inside:
-            raise CapGenError(f"{source} holds no image", f"image files end in {', '.join(SUFFIXES)}")
-        found += inside
+        inside = list(_walk(source, refuse)) if os.path.isdir(source) else [source]
+        if not os.path.exists(source):  # unlike Path.exists, no error for a name that no file can have
+            refuse(source, f"there is no file or folder {source}", "check the path")
+        elif inside:
+            found += inside
+        else:
+            refuse(source, f"{source} holds no image", f"image files end in {', '.join(SUFFIXES)}")
     return found
+
+
+def _walk(folder: Path, refuse: Callable[[Path, str, str], None]) -> Iterator[Path]:
+    def unreadable(error: OSError) -> None:
+        refuse(
+            Path(error.filename), f"cannot read the folder {error.filename}: {error.strerror}", "check who may read it"
+        )
+
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        shown = sorted(name for name in names if not name.startswith("."))
+        yield from (path for path in (Path(parent, name) for name in shown) if _is_image(path))
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file calls itself an image or begins like one."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:
+        if not os.path.isfile(path):  # opening a pipe would wait for its other end
+            return False
+        with open(path, "rb") as stream:
+            head = stream.read(12)
+    except OSError:
+        return False
+    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)  # two letters alone begin many a text
+    return bitmap or head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
 def is_many(images: Any) -> bool:

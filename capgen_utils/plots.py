@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from capgen_utils.attention import grid_side as grid_side
+from capgen_utils.attention import upsample as upsample
 from capgen_utils.encoders import Preprocessing
 from capgen_utils.files import CapGenError
 from capgen_utils.images import ImageLike, open_image
@@ -149,18 +151,6 @@ def draw_grid(image: ImageLike, preprocessing: Preprocessing, cells: int, number
         box = {"boxstyle": "round,pad=0.1", "facecolor": "black", "alpha": 0.45, "linewidth": 0}
         after.text(x, y, str(i), color="white", fontsize=6, ha="center", va="center", bbox=box)
     return figure
-
-
-def grid_side(cells: int) -> int:
-    """Return the side of a square grid of ``cells`` cells.
-
-    Raises:
-        CapGenError: ``cells`` is no square number.
-    """
-    side = round(cells**0.5)
-    if side * side != cells:
-        raise CapGenError(f"{cells} cells are no square grid", "pass the weights of one image over a square grid")
-    return side
 
 
 # --- distributions --------------------------------------------------------------------------------------------------
@@ -294,33 +284,6 @@ def similarity_matrix(features: Any, images: Sequence[ImageLike], size: float = 
             main.text(j, i, f"{similarity[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(drawn, ax=axes, shrink=0.7, label="cosine similarity")
     return figure
-
-
-def upsample(weights: Any, size: tuple[int, int], preprocessing: Preprocessing | None = None) -> np.ndarray:
-    """Return attention over a grid as a smooth map over the image it belongs to.
-
-    A squashed image fills the encoder's square, so the grid covers all of it; of a cropped one the grid covers the
-    centred square, and the rest of the map is 0.
-
-    Args:
-        weights: (N,) over a square grid, row by row.
-        size: (width, height) of the image in pixels.
-        preprocessing: of the encoder that the grid came from; ``None`` for squash.
-
-    Returns:
-        Values of 0 or more, (height, width); the largest is about that of ``weights``.
-    """
-    values = np.asarray(weights, dtype=np.float32).reshape(-1)
-    side = grid_side(len(values))
-    grid = Image.fromarray(values.reshape(side, side))  # one float a pixel
-    width, height = size
-    if preprocessing is None or preprocessing.resize != "crop":
-        return np.asarray(grid.resize((width, height), Image.Resampling.BILINEAR))
-    short = min(size)
-    left, top = (width - short) // 2, (height - short) // 2
-    result = np.zeros((height, width), dtype=np.float32)
-    result[top : top + short, left : left + short] = np.asarray(grid.resize((short, short), Image.Resampling.BILINEAR))
-    return result
 
 
 def spotlight(image: ImageLike, weights: Any, preprocessing: Preprocessing | None = None) -> np.ndarray:

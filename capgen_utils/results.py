@@ -93,7 +93,7 @@ def evaluate(
     result["unfinished"] = sum(not done for done in ended.values())
     result["captions_per_second"] = round(len(captions) / seconds, 2)
     result["cost"] = sight.cost(decoding, choosing.temperatures)
-    return Evaluation(captions, _with_facts(result, bundle))
+    return Evaluation(captions, with_facts(result, bundle))
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class _Sight:
         }
 
 
-def _with_facts(result: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
-    """Add what is known of the captioner, its training and this machine."""
+def with_facts(result: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
+    """Add what is known of the captioner, its training and this machine to ``result``, which holds a ``protocol``."""
     info = bundle.info
     result["protocol"] |= {"seed": (info.get("training") or {}).get("seed"), "revision": revision()}
     return result | {

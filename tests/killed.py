@@ -69,6 +69,23 @@ def train(folder: Path, run: str = "run", stop_step: int = 0, stop_evaluation: i
     print(json.dumps([[e["train_loss"], e["dev_loss"]] for e in trainer.progress.history]), flush=True)
 
 
+def bulk(folder: Path, **options: Any) -> None:
+    """Caption the folder's photos into out.jsonl; hang after each batch until the kill comes."""
+    from capgen_utils import bulk as module
+    from capgen_utils import cli
+
+    write = module.write_batch
+
+    def slowly(*arguments: Any) -> None:
+        write(*arguments)
+        print("now", flush=True)
+        time.sleep(0.3)
+
+    module.write_batch = slowly
+    cli.main(["caption", str(folder / "photos"), "--bundle", str(folder / "bundle"), "--batch-size", "4",
+              "--output", str(folder / "out.jsonl")])  # fmt: skip
+
+
 def distributed(folder: Path, run: str = "run", train: int = 12, **changes: Any) -> None:
     """Train without any chance in the model, so that the number of processes cannot matter."""
     settings = {"epochs": 2, "batch_images": 4, "checkpoint_steps": 3, "images": {"train": train}} | changes
@@ -82,5 +99,5 @@ def distributed(folder: Path, run: str = "run", train: int = 12, **changes: Any)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what = {"extraction": extraction, "train": train, "distributed": distributed}[sys.argv[1]]
+    what = {"extraction": extraction, "bulk": bulk, "train": train, "distributed": distributed}[sys.argv[1]]
     what(Path(sys.argv[2]), **json.loads(sys.argv[3] if len(sys.argv) > 3 else "{}"))

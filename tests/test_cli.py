@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PHOTOS, ROOT, capgen, save_tiny_bundle
+from helpers import PHOTOS, ROOT, capgen, need, save_tiny_bundle
+from safetensors import safe_open
 
 from capgen_utils import __version__, cli
 from capgen_utils.files import CapGenError
 from capgen_utils.metrics import load_captions, load_references, score
 
-COMMANDS = ("doctor", "download", "pretrain", "train", "evaluate", "score", "leaderboard", "caption", "course")
+COMMANDS = ("doctor", "download", "pretrain", "train", "evaluate", "attention", "score", "leaderboard", "caption") + (
+    "info", "course", "completion",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["caption", "--bundle", "BUNDLE", "--candidates", "0", "PHOTO"], "1 or more"),
     (["evaluate", "--bundle", "BUNDLE", "--top-k", "-1"], "0 or more"),
     (["caption", "--bundle", "BUNDLE", "--encoder-weights", "nowhere", "PHOTO"], "nowhere"),
+    (["info", "nowhere"], "nowhere"),
     (["course", "--preset", "flickr9k"], "flickr8k"),
 ]
 
@@ -221,6 +225,63 @@ def test_a_reader_that_leaves_is_no_error(bundle: Path) -> None:
     err = first.stderr.read()
     first.wait(timeout=60)
     assert "Traceback" not in err and "BrokenPipe" not in err
+
+
+# --- what a bundle holds, and shells -------------------------------------------------------------------------------
+
+
+def test_what_a_bundle_holds(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    code, out, _ = run(capsys, "info", bundle, "--json")
+    facts, config = json.loads(out), json.loads((bundle / "config.json").read_text())
+    assert code == 0 and facts["model"] == config["model"] and facts["hyperparameters"] == config["architecture"]
+    with safe_open(bundle / "model.safetensors", "pt") as weights:
+        assert facts["parameters"] == sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
+    assert facts["encoder"]["name"] == config["encoder"]["name"] and facts["encoder"]["included"]
+    assert facts["vocabulary"]["tokens"] == 16 and facts["decoding"]["beam"] == 2 and facts["dev"] is None
+    assert facts["files"] == {p.relative_to(bundle).as_posix(): p.stat().st_size for p in bundle.rglob("*.*")}
+    code, out, _ = run(capsys, "info", bundle)
+    assert code == 0 and f"{facts['parameters']:,} parameters" in out and "dev scores" not in out
+
+
+def test_what_a_trained_bundle_says_of_its_training(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle, tmp_path / "b")
+    config = json.loads((bundle / "config.json").read_text())
+    config |= {"dev": {"BLEU-4": 18.43751, "protocol": "greedy"}, "training_run": {"epochs": 15}, "dataset": "\x1b[2Jx"}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    code, out, _ = run(capsys, "info", tmp_path / "b")
+    assert code == 0 and "BLEU-4 18.44" in out and "epochs 15" in out and "greedy" in out and "\x1b" not in out
+    for odd in ([1], "text", None, 3):  # what is not needed to caption may be anything
+        (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"dev": odd, "training_run": odd}))
+        assert run(capsys, "info", tmp_path / "b")[0] == 0
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"damaged")
+    code, _, err = run(capsys, "info", tmp_path / "b")
+    assert code == 2 and "model.safetensors" in err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_every_command(capsys: pytest.CaptureFixture[str], shell: str) -> None:
+    code, out, _ = run(capsys, "completion", shell)
+    assert code == 0 and all(command in out for command in COMMANDS) and "length-penalty" in out
+    assert run(capsys, "completion", "abacus")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("capgen inf", "info"), ("capgen caption --form", "--format"), ("capgen caption --format js", "jsonl"),
+     ("capgen info fol", "folder"), ("capgen caption --output fi", "file.txt")],
+)  # fmt: skip
+def test_bash_completes(capsys: pytest.CaptureFixture[str], tmp_path: Path, typed: str, offered: str) -> None:
+    need("bash", shutil.which("bash"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").touch()
+    script = tmp_path / "script.sh"
+    words = typed.split()
+    asked = f'\nCOMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _shtab_capgen; echo "${{COMPREPLY[@]}}"\n'
+    script.write_text(run(capsys, "completion", "bash")[1] + asked)
+    done = subprocess.run(["bash", "script.sh"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [offered]
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------

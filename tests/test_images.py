@@ -1,5 +1,6 @@
 """Photographs of every kind come out upright and RGB, or are refused by name with advice."""
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -10,7 +11,7 @@ from helpers import PHOTOS
 from PIL import Image
 
 from capgen_utils.files import CapGenError
-from capgen_utils.images import MAX_PIXELS, find_images, is_many, open_image
+from capgen_utils.images import FORMATS, MAX_PIXELS, find_images, is_many, open_image
 
 
 def corners(size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -226,14 +227,40 @@ def test_arrays_of_bytes_and_floats_agree() -> None:
 
 
 def test_folders_are_expanded_in_order(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.png", "c.txt", "sub/d.jpg"):
+    for name in ("b.JPG", "a.png", "c.txt", "sub/d.jpg", "sub/more/e.gif", ".f.png", ".hidden/g.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [p.name for p in find_images([tmp_path, tmp_path / "c.txt"])] == ["a.png", "b.JPG", "c.txt"]
+    found = [p.relative_to(tmp_path).as_posix() for p in find_images([tmp_path, tmp_path / "c.txt"])]
+    assert found == ["a.png", "b.JPG", "sub/d.jpg", "sub/more/e.gif", "c.txt"]
     (tmp_path / "none").mkdir()
     for wrong in (tmp_path / "gone", tmp_path / "none"):
         with pytest.raises(CapGenError, match=wrong.name):
             find_images([wrong])
+
+
+def test_a_file_whose_name_says_nothing_is_known_by_its_content(tmp_path: Path) -> None:
+    for kind in FORMATS:
+        corners().save(tmp_path / f"a {kind}", format=kind)
+    for name, content in {"BMI.txt": b"BMI is a ratio", "RIFF.wav": b"RIFF    WAVE", "empty": b"", "x": b"GIF"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.jpg").mkdir()
+    assert {p.name for p in find_images([tmp_path])} == {f"a {kind}" for kind in FORMATS}
+
+
+def test_what_cannot_be_searched_is_told_and_the_search_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    told: list[tuple[Path, CapGenError]] = []
+    wrong = [tmp_path / "gone", tmp_path / "none", Path("long" * 2000)]
+    good = tmp_path / "a.jpg"
+    good.touch()
+    assert find_images([*wrong, good], lambda path, error: told.append((path, error))) == [good]
+    assert [path for path, _ in told] == wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert "is not a file" in refused(tmp_path / "pipe.jpg").problem
 
 
 def test_what_is_one_image_and_what_are_many() -> None:

@@ -29,9 +29,9 @@ FLOORS = [
     + ["baselines"],
     ["encoders", "dual_encoder", "features", "logits", "decoding"],
     ["models"],
-    ["checkpoint", "batches", "training", "pretraining", "contrastive", "language", "recipes"],
-    ["rerank", "captioner", "scoring", "cost", "results", "leaderboard"],
-    ["plots", "widgets", "service", "doctor", "course", "cli"],
+    ["checkpoint", "facts", "batches", "training", "pretraining", "contrastive", "language", "recipes"],
+    ["rerank", "captioner", "bulk", "attention", "scoring", "cost", "results", "grounding", "leaderboard"],
+    ["plots", "widgets", "service", "doctor", "course", "arguments", "captioning", "cli"],
 ]
 PLACES = {name: (floor, place) for floor, row in enumerate(FLOORS) for place, name in enumerate(row)}
 

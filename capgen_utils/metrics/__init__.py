@@ -1,6 +1,13 @@
 """Scores of generated captions, how sure they are, and what they hide."""
 
-from capgen_utils.metrics.bootstrap import Difference, Interval, intervals, paired_bootstrap, score_with_intervals
+from capgen_utils.metrics.bootstrap import (
+    Difference,
+    Interval,
+    intervals,
+    mean_interval,
+    paired_bootstrap,
+    score_with_intervals,
+)
 from capgen_utils.metrics.clipscore import clip_score, ref_clip_score
 from capgen_utils.metrics.diagnosis import Finding, diagnose
 from capgen_utils.metrics.diversity import diversity, mutual_bleu, originality
@@ -25,6 +32,6 @@ __all__ = [
     "BLEU_PROTOCOL", "PROTOCOLS", "TOKENISATION", "Difference", "Finding", "Interval", "Meteor", "MeteorJava",
     "Statistics", "Summed", "agreement", "agreement_table", "bleu", "cider", "cider_d", "clip_score", "diagnose",
     "diversity", "find_wordnet", "has_meteor_java", "intervals", "judged_pairs", "labels", "load_captions",
-    "load_references", "meteor_java", "meteor_nltk", "mutual_bleu", "originality", "paired_bootstrap",
+    "load_references", "mean_interval", "meteor_java", "meteor_nltk", "mutual_bleu", "originality", "paired_bootstrap",
     "read_judgements", "ref_clip_score", "rouge_l", "score", "score_with_intervals",
 ]  # fmt: skip

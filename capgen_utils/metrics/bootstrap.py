@@ -98,6 +98,34 @@ def paired_bootstrap(
     return result
 
 
+def mean_interval(
+    totals: Sequence[float], counts: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Return the mean of values of which every image has any number, with the 95 % interval over images.
+
+    Args:
+        totals: sum of the values of each image.
+        counts: how many values each image has.
+        resamples: how many samples of the images are drawn.
+        seed: equal seeds draw equal samples.
+
+    Returns:
+        In the units of the values; NaN where there is none at all.
+
+    Raises:
+        CapGenError: not as many totals as counts.
+    """
+    if len(totals) != len(counts):
+        raise CapGenError(f"{len(totals)} totals do not belong to {len(counts)} counts", "pass one of each an image")
+    if not sum(counts):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    own = np.asarray([totals, counts], dtype=np.float64)  # (2, I)
+    sums = np.concatenate([weights @ own.T for weights in _samples(own.shape[1], resamples, seed)])  # (B, 2)
+    sums = sums[sums[:, 1] > 0]  # a sample of images without any value has no mean
+    ends = np.quantile(sums[:, 0] / sums[:, 1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(own[0].sum() / own[1].sum()), *map(float, ends))
+
+
 def _common(statistics: Sequence[Statistics]) -> list[str]:
     """Return the scores that all have."""
     if not statistics or any(one.images != statistics[0].images for one in statistics):
