@@ -206,7 +206,7 @@ FLICKR8K_TRAINING = TrainingConfig(epochs=17, batch_images=64, learning_rate=8e-
 _FLICKR8K_CLIP = SmallClipConfig()
 _FLICKR8K_CONTRASTIVE = ContrastiveConfig(
     epochs=20, batch_images=128, learning_rate=5e-4, weight_decay=0.1, average=0.999, feature_dropout=0.3,
-    word_dropout=0.1,
+    word_dropout=0.1, captioning=1.0,
 )  # fmt: skip
 
 FLICKR8K = Preset(
