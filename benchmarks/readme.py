@@ -18,11 +18,6 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def row(*cells: Any) -> str:
-    """Return one row of a Markdown table."""
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
 def setting(facts: Mapping[str, Any]) -> str:
     """Say on what machine and with which versions something was measured."""
     versions = facts["versions"]
@@ -60,8 +55,11 @@ def flickr8k() -> str:
 
 def shapes() -> str:
     """The truth of captions on drawn scenes."""
-    pretraining = next(r["pretraining_run"] for r in results("shapes").values() if r["pretraining_run"])
-    minutes = f"{pretraining['minutes']:.1f} min"
+    from capgen_utils.presets import PRESETS
+
+    encoder = PRESETS["shapes"].encoder  # and not the small CLIP on top of it
+    run = next(r["pretraining_run"] for r in results("shapes").values() if r["protocol"]["encoder"] == encoder)
+    minutes = f"{run['minutes']:.1f} min"
     return f"{scored('shapes', definitions=False)} Pre-training of the encoder, once for all: {minutes}."
 
 
@@ -74,6 +72,7 @@ def cost() -> str:
 
 def published() -> str:
     """Figures that others published on the same split, beside ours; each with its protocol."""
+    from capgen_utils.leaderboard import table
     from capgen_utils.results import ways_of
     from capgen_utils.scoring import METEOR_JAVA
 
@@ -91,76 +90,68 @@ def published() -> str:
         for result in results("flickr8k").values()
     ]
     rows.sort(key=lambda each: -each["scores"].get("BLEU-4", 0))
-    lines = [row("system", "source", "encoder", *metrics, "protocol"), row(*["---"] * (len(metrics) + 4))]
+    lines = []
     for each in rows:
         values = (each["scores"].get(name) for name in metrics)
         shown = ("-" if value is None else f"{value:.1f}" for value in values)
-        lines.append(row(each["system"], each["source"], each["encoder"], *shown, each["protocol"]))
-    return "\n".join(lines)
+        lines.append([each["system"], each["source"], each["encoder"], *shown, each["protocol"]])
+    return table(["system", "source", "encoder", *metrics, "protocol"], lines)
 
 
 def speed() -> str:
     """Rates and memory."""
+    from capgen_utils.leaderboard import table
+
     bench = read("benchmarks")
     extraction, training, decoding = bench["extraction"], bench["training"], bench["decoding"]
-    lines = [
-        row("work", "rate", "dtype", "peak anonymous memory", "load before"),
-        row(*["---"] * 5),
-        row(
+    greedy, beam = (f"{decoding[f'captions_per_second_beam_{width}']}" for width in (1, 5))
+    rates = [
+        (
             f"features of {extraction['images']} photographs, JPEG decoding included ({extraction['encoder']})",
             f"{extraction['images_per_second']} images/s",
-            extraction["dtype"],
-            f"{extraction['peak_anonymous_gigabytes']} GB",
-            extraction["machine"]["load"],
+            extraction,
         ),
-        row(
+        (
             f"training the transformer ({training['parameters'] / 1e6:.1f} M parameters)",
             f"{training['tokens_per_second']} tokens/s",
-            training["dtype"],
-            f"{training['peak_anonymous_gigabytes']} GB",
-            training["machine"]["load"],
+            training,
         ),
-        row(
-            "captions from cached features, greedy / beam 5",
-            f"{decoding['captions_per_second_beam_1']} / {decoding['captions_per_second_beam_5']} captions/s",
-            decoding["dtype"],
-            f"{decoding['peak_anonymous_gigabytes']} GB",
-            decoding["machine"]["load"],
-        ),
-        *(scoring_row(bench["metrics"]) for _ in range("metrics" in bench)),
-        "",
-        f"Measured on: {setting(extraction['machine'])}.",
-        *(["", beside_library(bench["library"])] if "library" in bench else []),
+        ("captions from cached features, greedy / beam 5", f"{greedy} / {beam} captions/s", decoding),
     ]
-    return "\n".join(lines)
+    if "metrics" in bench:
+        rates.append((*scoring_rate(bench["metrics"]), bench["metrics"]))
+    lines = [
+        [work, rate, part.get("dtype", "-"), f"{part['peak_anonymous_gigabytes']} GB", part["machine"]["load"]]
+        for work, rate, part in rates
+    ]
+    parts = [table(["work", "rate", "dtype", "peak anonymous memory", "load before"], lines)]
+    parts.append(f"Measured on: {setting(extraction['machine'])}.")
+    if "library" in bench:
+        parts.append(beside_library(bench["library"]))
+    return "\n\n".join(parts)
 
 
-def scoring_row(part: Mapping[str, Any]) -> str:
-    """Seconds that scores take."""
+def scoring_rate(part: Mapping[str, Any]) -> tuple[str, str]:
+    """What was scored, and the seconds that it took."""
     meteor = f"; METEOR (nltk) {part['seconds_meteor']} s" if part.get("seconds_meteor") else ""
-    return row(
-        f"all scores of {part['images']:,} captions with {part['resamples']:,} bootstrap resamples",
-        f"{part['seconds']} s{meteor}",
-        "-",
-        f"{part['peak_anonymous_gigabytes']} GB",
-        part["machine"]["load"],
-    )
+    work = f"all scores of {part['images']:,} captions with {part['resamples']:,} bootstrap resamples"
+    return work, f"{part['seconds']} s{meteor}"
 
 
 def beside_library(part: Mapping[str, Any]) -> str:
     """Our decoder beside the library's ``generate``."""
+    from capgen_utils.leaderboard import table
+
     kinds = {"": "captions end by themselves", "_fixed_length": "all of one length", "_one_image": "one image"}
-    lines = [
-        row("decoding, GPT-2 of 4 layers", "captions/s", "`generate`", "ratio", "equal captions"), row(*["---"] * 5)
-    ]  # fmt: skip
+    lines = []
     for search in ("greedy", "beam_5"):
         for kind, text in kinds.items():
             each = part[search + kind]
             rates = (each["captions_per_second"], each["library_captions_per_second"], each["ratio"])
-            lines.append(row(f"{search.replace('_', ' ')}, {text}", *rates, each["equal_captions"]))
-    machine = part["machine"]
-    lines += ["", f"Batch {part['batch']}, {part['dtype']}, {part['threads']} threads, load before {machine['load']}."]
-    return "\n".join(lines)
+            lines.append([f"{search.replace('_', ' ')}, {text}", *rates, each["equal_captions"]])
+    shown = table(["decoding, GPT-2 of 4 layers", "captions/s", "`generate`", "ratio", "equal captions"], lines)
+    load = part["machine"]["load"]
+    return f"{shown}\n\nBatch {part['batch']}, {part['dtype']}, {part['threads']} threads, load before {load}."
 
 
 FIGURES = {"flickr8k": flickr8k, "published": published, "shapes": shapes, "cost": cost, "speed": speed}

@@ -30,6 +30,19 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
     return parser
 
 
+def add_bundle_options(parser: argparse.ArgumentParser) -> None:
+    """Declare which trained captioner is meant, and where the weights of its encoder are."""
+    parser.add_argument(
+        "--bundle", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
+    )
+    add_weights_option(parser)
+
+
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    """Declare where the encoder's weights are."""
+    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
+
+
 _DECODING_OPTIONS: dict[str, tuple[type, str, str]] = {
     "beam": (int, "N", "hypotheses kept; 1 is greedy search"),
     "max_length": (int, "N", "longest caption in tokens"),

@@ -88,6 +88,11 @@ def on_grid(weights: Tensor) -> Tensor:
     return torch.where(total > 0, rest / total.clamp_min(1e-30), 1 / (cells - 1))
 
 
+def mean_map(weights: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean (words, N) over all heads of all layers of ``weights``: layer -> (words, heads, N)."""
+    return torch.stack([own.mean(1) for own in weights.values()]).mean(0)
+
+
 # --- rollout --------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +254,7 @@ class CaptionMaps:
         if choice == ROLLOUT:
             return on_grid(self.rolled)
         if choice == MEAN:
-            return on_grid(torch.stack([weights.mean(1) for weights in self.weights.values()]).mean(0))
+            return on_grid(mean_map(self.weights))
         if choice not in self.choices(heads=True):
             raise CapGenError(f"there is no attention map {choice!r}", f"choose one of {', '.join(self.choices(True))}")
         return on_grid(self.weights[layer][:, int(head)] if head else self.weights[layer].mean(1))
@@ -260,7 +265,7 @@ class CaptionMaps:
 
     def elsewhere(self) -> Tensor:
         """Return the share (words,) of attention, averaged over layers, on CLIP's class token; 0 without one."""
-        mean = torch.stack([weights.mean(1) for weights in self.weights.values()]).mean(0)
+        mean = mean_map(self.weights)
         return mean[:, 0] if mean.shape[1] > on_grid(mean).shape[1] else torch.zeros(len(mean))
 
     def on_pixels(self, word: int, size: tuple[int, int], choice: str = MEAN) -> np.ndarray:
@@ -326,7 +331,7 @@ def _read(captioner: Captioner, images: Sequence[Any], captions: Sequence[tuple[
             raise CapGenError("an empty caption has no words to look for", "pass a caption, or ask for min_length=1")
         read = torch.tensor([[captioner.specials.start, *tokens[:-1]]], device=device)
         cross, own = layer_attention(model, memory.select(torch.tensor([i], device=device)), read)
-        rolled = rollout(cross, own) if cross else torch.stack([w.mean(1) for w in weights.values()]).mean(0)
+        rolled = rollout(cross, own) if cross else mean_map(weights)
         found.append(_merged(captioner, tokens, weights, rolled))
     return found
 

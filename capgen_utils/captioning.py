@@ -10,6 +10,7 @@ from typing import Any
 
 from capgen_utils.arguments import (
     INTERRUPTED,
+    add_bundle_options,
     add_command,
     add_decoding_options,
     add_reranking_options,
@@ -29,11 +30,8 @@ def add_caption(commands: Any) -> None:
         "images", nargs="+", type=Path, metavar="IMAGE",
         help="image files, folders with all that is in them, or - for a list of paths on stdin",
     )  # fmt: skip
-    parser.add_argument(
-        "--bundle", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
-    )
+    add_bundle_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
     _add_output_options(parser)
     add_decoding_options(parser)
     add_reranking_options(parser)
@@ -54,20 +52,21 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _caption(options: argparse.Namespace) -> int:
-    from capgen_utils.bulk import FailureFile
+    from capgen_utils.bulk import FailureFile, Style
     from capgen_utils.captioner import Captioner
 
     _check(options)
     lost: list[tuple[Path, CapGenError]] = []
     paths = _gather(options.images, lost)
     captioner = Captioner.from_bundle(options.bundle, options.device, options.encoder_weights, options.scorer)
-    with _output(options, captioner, paths) as output:
+    style = Style(options.format, options.candidates, options.rerank, named=len(paths) > 1)
+    with _output(options, style, captioner, paths) as output:
         failures = FailureFile(options.failures)
         failures.write(lost)
         for _, error in lost:
             _complain(error)
         try:
-            failed = len(lost) + _run(options, captioner, paths, output, failures)
+            failed = len(lost) + _run(options, style, captioner, paths, output, failures)
         except KeyboardInterrupt:
             kept = options.output and options.format != "text"
             again = "with --resume the same command goes on where it was" if kept else "there is no file to go on with"
@@ -110,29 +109,24 @@ def _gather(sources: Sequence[Path], lost: list[tuple[Path, CapGenError]]) -> li
     return list(dict.fromkeys(found))
 
 
-def _style(options: argparse.Namespace, paths: Sequence[Path]) -> Any:
-    from capgen_utils.bulk import Style
-
-    return Style(options.format, options.candidates, options.rerank, named=len(paths) > 1)
-
-
-def _output(options: argparse.Namespace, captioner: Any, paths: Sequence[Path]) -> Any:
+def _output(options: argparse.Namespace, style: Any, captioner: Any, paths: Sequence[Path]) -> Any:
     from capgen_utils.bulk import CaptionFile, settings_of
 
-    style, decoding = _style(options, paths), decoding_options(options)
     if options.output is None:
         sys.stdout.write(style.header)
         return nullcontext(sys.stdout)
+    decoding = decoding_options(options)
     settings = settings_of(captioner, style, decoding, options.rerank, options.temperatures, options.scorer)
     return CaptionFile(options.output, style, settings, paths, options.batch_size, options.resume)
 
 
-def _run(options: argparse.Namespace, captioner: Any, paths: Sequence[Path], output: Any, failures: Any) -> int:
+def _run(
+    options: argparse.Namespace, style: Any, captioner: Any, paths: Sequence[Path], output: Any, failures: Any
+) -> int:
     """Caption what is not there yet; returns how many images failed."""
     from capgen_utils.bulk import caption_batches, write_batch
 
     held: set[str] = getattr(output, "held", set())  # stdout holds nothing yet
-    style = _style(options, paths)
     asked = {"rerank": options.rerank, "temperatures": options.temperatures} | decoding_options(options)
     failed = 0
     with _progress(len(paths), held) as bar:

@@ -73,12 +73,18 @@ class Bundle:
         Raises:
             CapGenError: it is damaged, or its weights cannot be had.
         """
-        if self.folder is not None and (self.folder / "scorer").is_dir():
-            return DualEncoder.load(self.folder / "scorer", weights)
-        if self.folder is not None and (self.folder / "encoder" / "text.safetensors").is_file():
-            return DualEncoder.load(self.folder / "encoder", weights)
+        own = scorer_folder(self.folder) if self.folder is not None else None
+        if own is not None:
+            return DualEncoder.load(own, weights)
         name = self.info["encoder"]["name"]
         return DualEncoder.published(name, weights) if name in CLIPS else None
+
+
+def scorer_folder(folder: Path) -> Path | None:
+    """Return where the bundle in ``folder`` keeps the CLIP that chooses among captions, if it holds one."""
+    if (folder / "scorer").is_dir():
+        return folder / "scorer"
+    return folder / "encoder" if (folder / "encoder" / "text.safetensors").is_file() else None
 
 
 def require_scorer(bundle: Bundle, folder: Path | None = None, weights: Path | None = None) -> DualEncoder:

@@ -13,9 +13,11 @@ from typing import Any
 from capgen_utils import __version__
 from capgen_utils.arguments import (
     INTERRUPTED,
+    add_bundle_options,
     add_command,
     add_decoding_options,
     add_reranking_options,
+    add_weights_option,
     decoding_options,
 )
 from capgen_utils.captioning import add_caption
@@ -63,7 +65,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="folder of the dataset, where it is not found by itself"
     )
-    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
+    add_weights_option(parser)
     parser.add_argument(
         "--limit", type=int, metavar="N", help="only the first N images of each split (for a quick look)"
     )
@@ -109,7 +111,7 @@ def _add_pretrain(commands: Any) -> None:
     )
     parser.add_argument("--preset", default="shapes", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
-    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
+    add_weights_option(parser)
     parser.add_argument(
         "--judge", action="store_true", help="train another small CLIP too, for nothing but measuring re-ranking"
     )
@@ -183,22 +185,24 @@ def _chosen_preset(options: argparse.Namespace) -> Any:
     return preset
 
 
-def _add_evaluate(commands: Any) -> None:
-    parser = add_command(commands, "evaluate", _evaluate, "Caption a split and score the captions.")
-    parser.add_argument(
-        "--bundle", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
-    )
+def _add_split_options(parser: argparse.ArgumentParser) -> None:
+    """Declare which captioner is measured, on what, and where the results go."""
+    add_bundle_options(parser)
     parser.add_argument("--split", default="test", help="dev or test")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
     parser.add_argument("--dataset", help="instead of the one the captioner was trained on")
+    parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where the results go")
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = add_command(commands, "evaluate", _evaluate, "Caption a split and score the captions.")
+    _add_split_options(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images (no score to publish)")
     parser.add_argument(
         "--rescore", type=Path, nargs="+", metavar="FILE",
         help="score the captions beside these results files again instead; nothing is decoded",
     )  # fmt: skip
     parser.add_argument("--java", action="store_true", help=_JAVA)
-    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
-    parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where the results go")
     parser.add_argument("--name", help="of the results files (default: DATASET_MODEL)")
     parser.add_argument(
         "--judge", type=Path, metavar="FOLDER", help="a CLIP that chose nothing and says how well captions fit"
@@ -268,16 +272,9 @@ def _add_attention(commands: Any) -> None:
     parser = add_command(
         commands, "attention", _attention, "Test where a captioner looks: pointing game on shapes, deletion test."
     )
-    parser.add_argument(
-        "--bundle", type=Path, metavar="FOLDER", help="a trained captioner (default: the one that ships)"
-    )
-    parser.add_argument("--split", default="test", help="dev or test")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
-    parser.add_argument("--dataset", help="instead of the one the captioner was trained on")
+    _add_split_options(parser)
     parser.add_argument("--images", type=int, default=100, metavar="N", help="the first N images of the split")
     parser.add_argument("--seed", type=int, default=0, help="of random patches and of the intervals")
-    parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
-    parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where the results go")
 
 
 def _attention(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from capgen_utils.encoders import as_picture
 from capgen_utils.features import FeatureCache, extract
 from capgen_utils.files import CapGenError, fingerprint, write_text
 from capgen_utils.machine import machine
-from capgen_utils.models.base import IGNORED
+from capgen_utils.models import IGNORED, CaptionModel, build_model
 from capgen_utils.models.clip_prefix import ClipPrefixCaptioner
 from capgen_utils.presets import Preset
 from capgen_utils.pretraining import preset_encoder
@@ -275,7 +275,7 @@ class Reconstruction(nn.Module):
         return (found.float() - target).pow(2).mean() / self.variance
 
 
-def speaker(dual: DualEncoder) -> ClipPrefixCaptioner:
+def speaker(dual: DualEncoder) -> CaptionModel:
     """Return an untrained captioner that says captions from an image's vector; needed while training alone.
 
     Comparing teaches a vector what tells its image from the others in the batch. Saying teaches it to hold all that a
@@ -286,8 +286,7 @@ def speaker(dual: DualEncoder) -> ClipPrefixCaptioner:
         seq_len=text.max_position_embeddings, d_model=text.hidden_size, n_decode=2, n_head=text.num_attention_heads,
         fc_dim=text.intermediate_size,
     )  # fmt: skip
-    unknown = getattr(dual.tokenizer, "unk_id", dual.tokenizer.pad_id)
-    return ClipPrefixCaptioner(config, len(dual.tokenizer), dual.images.outputs["embedding"], unknown)
+    return build_model(ClipPrefixCaptioner.name, config, dual.tokenizer, dual.images.outputs["embedding"])
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -389,11 +388,9 @@ class ContrastiveTrainer:
 
     def _step(self, items: Sequence[Item], flips: Sequence[bool], rng: np.random.Generator) -> float:
         grid, flips = self._grid(items, flips)
-        tokens, positive, pairs = self.texts.draw(items, flips, self.config, rng)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        pictures = as_picture(grid.to(self.device).float())
-        loss = self._loss(pictures, tokens.to(self.device), positive.to(self.device), pairs.to(self.device))
+        loss = self._loss(as_picture(grid.to(self.device).float()), items, flips, rng)
         if not math.isfinite(loss.item()):
             raise CapGenError(f"the loss is {loss.item()} at step {self.progress.step}", "lower the learning rate")
         self.scaler.scale(loss).backward()
@@ -415,13 +412,17 @@ class ContrastiveTrainer:
             return learning_rate(self.progress.step, self.looking_steps, self.config)
         return learning_rate(self.progress.step - self.looking_steps, self.matching_steps, self.config)
 
-    def _loss(self, pictures: Tensor, tokens: Tensor, positive: Tensor, pairs: Tensor) -> Tensor:
+    def _loss(self, pictures: Tensor, items: Sequence[Item], flips: Sequence[bool], rng: np.random.Generator) -> Tensor:
         config = self.config
         with self._autocast():
             images = self.dual.images.look(F.dropout(pictures, config.feature_dropout))["embedding"]
-            lost = self.learners["reconstruction"](images, pictures) if config.reconstruction else 0.0
-            if self._looking:
-                return lost  # type: ignore[return-value]
+            lost = images.new_zeros(())
+            if config.reconstruction:
+                lost = self.learners["reconstruction"](images, pictures)
+        if self._looking:
+            return lost
+        tokens, positive, pairs = (part.to(self.device) for part in self.texts.draw(items, flips, config, rng))
+        with self._autocast():
             texts = self.dual.read(tokens)
             said = self._say(images, tokens, positive) if config.captioning else 0.0
         logits = self.dual.logits(images, texts)

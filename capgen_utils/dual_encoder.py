@@ -15,12 +15,12 @@ from capgen_utils.config import SmallClipConfig
 from capgen_utils.encoders import (
     ATTENTION,
     CLIP_REMEDY,
-    CLIPS,
     ClipVision,
     Encoder,
     hash_tensors,
     load_encoder_folder,
     published_clip,
+    require_clip,
     save_encoder,
     small_clip,
     small_clip_config,
@@ -128,8 +128,7 @@ class DualEncoder(nn.Module):
             CapGenError: it can be neither found nor downloaded, or is another CLIP.
         """
         dual = cls.from_pretrained(weights or f"openai/{name}")
-        if dual.images.outputs != CLIPS[name]:
-            raise CapGenError(f"{dual.source} is a CLIP, but not {name}", CLIP_REMEDY)
+        require_clip(dual.images, name, dual.source)
         dual.images.name = name
         return dual
 

@@ -527,9 +527,18 @@ def clip_vision(name: str, weights: Path | None = None) -> Encoder:
     source = weights or f"openai/{name}"
     halves = load_pretrained(CLIPModel, source, CLIP_REMEDY)  # the text half is dropped
     encoder = published_clip(halves, name)
+    require_clip(encoder, name, source)
+    return encoder
+
+
+def require_clip(encoder: Encoder, name: str, source: str | Path | None) -> None:
+    """Refuse another CLIP in the place of the published one ``name``.
+
+    Raises:
+        CapGenError: what was found in ``source`` has other outputs.
+    """
     if encoder.outputs != CLIPS[name]:
         raise CapGenError(f"{source} is a CLIP, but not {name}", CLIP_REMEDY)
-    return encoder
 
 
 def published_clip(halves: Any, name: str) -> ClipVision:

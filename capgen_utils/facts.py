@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from capgen_utils.checkpoint import Bundle, load_bundle
+from capgen_utils.checkpoint import Bundle, load_bundle, scorer_folder
 
 
 def bundle_facts(folder: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def bundle_facts(folder: Path) -> dict[str, Any]:
         "feature": info["feature"],
         "encoder": {key: info["encoder"].get(key) for key in ("name", "weights_hash", "public", "preprocessing")}
         | {"extraction_dtype": info["extraction_dtype"], "included": (Path(folder) / "encoder").is_dir()},
-        "scorer_included": _has_scorer(Path(folder)),
+        "scorer_included": scorer_folder(Path(folder)) is not None,
         "vocabulary": _vocabulary(bundle),
         "decoding": asdict(bundle.decoding),
         "training": {key: info.get(key) for key in ("preset", "dataset", "step", "revision", "training")}
@@ -37,10 +37,6 @@ def bundle_facts(folder: Path) -> dict[str, Any]:
         "files": files,
         "bytes": sum(files.values()),
     }
-
-
-def _has_scorer(folder: Path) -> bool:
-    return (folder / "scorer").is_dir() or (folder / "encoder" / "text.safetensors").is_file()
 
 
 def _vocabulary(bundle: Bundle) -> dict[str, Any]:

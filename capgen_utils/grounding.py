@@ -19,7 +19,8 @@ from capgen_utils.files import CapGenError
 from capgen_utils.images import ImageLike, open_image
 from capgen_utils.logits import allowed
 from capgen_utils.metrics import mean_interval
-from capgen_utils.results import with_facts
+from capgen_utils.metrics.bootstrap import INTERVALS
+from capgen_utils.results import sight_of, with_facts
 from capgen_utils.shapes import COLOURS, SHAPES, Scene, ShapeObject, is_true, load_scenes, scenes_file
 
 KINDS = {"colour": tuple(COLOURS), "shape": SHAPES}  # words that name an object of a scene
@@ -205,7 +206,7 @@ class Deletion:
 def top_cells(weights: Tensor, share: float = SHARE) -> np.ndarray:
     """Return which cells hold the most attention: (side, side) of booleans, ``share`` of them true, at least one."""
     values = weights.double().numpy()
-    side = round(len(values) ** 0.5)
+    side = grid_side(len(values))
     chosen = np.zeros(len(values), dtype=bool)
     chosen[np.argsort(-values, kind="stable")[: max(1, round(share * len(values)))]] = True
     return chosen.reshape(side, side)
@@ -425,12 +426,8 @@ def _rules(captioner: Captioner, manifest: Manifest, part: Manifest, split: str)
         "images": len(part),
         "images_in_split": len(manifest.split(split)),
         "decoding": asdict(bundle.decoding) | {"dtype": "float32"},
-        "encoder": captioner.encoder.name,
-        "encoder_weights": bundle.info["encoder"]["weights_hash"],
-        "feature": bundle.model.feature,
-        "extraction_dtype": bundle.info["extraction_dtype"],
-        "intervals": "95 %, percentiles of 1,000 bootstrap resamples of the images",
-    }
+        "intervals": INTERVALS,
+    } | sight_of(bundle, captioner.encoder)
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ def evaluate(
     ended = {name: found[name][candidates[name].index(caption)].ended for name, caption in captions.items()}
     result = {"kind": "evaluation"} | assess(captions, manifest, split, sight.whole, ended, java)
     references = split_references(captions, manifest, split)
-    rules = protocol(manifest, split, references, decoding) | choosing.describe() | sight.describe()
+    rules = protocol(manifest, split, references, decoding) | choosing.describe() | sight_of(bundle, sight.encoder)
     result["protocol"] = rules | result["protocol"]
     result["reranking"] = reranking(choosing, captions, candidates, references, manifest, sight.vectors)
     result["unfinished"] = sum(not done for done in ended.values())
@@ -145,14 +145,15 @@ class _Sight:
             bundle.model, self.encoder, self.part, self.cache, bundle.tokenizer, decoding, dtype, temperatures
         )  # fmt: skip
 
-    def describe(self) -> dict[str, Any]:
-        """Return what a protocol says of it."""
-        return {
-            "encoder": self.encoder.name,
-            "encoder_weights": self.bundle.info["encoder"]["weights_hash"],
-            "feature": self.bundle.model.feature,
-            "extraction_dtype": self.bundle.info["extraction_dtype"],
-        }
+
+def sight_of(bundle: Bundle, encoder: Encoder) -> dict[str, Any]:
+    """Return what a protocol says of what a captioner sees: its encoder, and how features came from it."""
+    return {
+        "encoder": encoder.name,
+        "encoder_weights": bundle.info["encoder"]["weights_hash"],
+        "feature": bundle.model.feature,
+        "extraction_dtype": bundle.info["extraction_dtype"],
+    }
 
 
 def with_facts(result: dict[str, Any], bundle: Bundle) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from capgen_utils.metrics import (
     originality,
     paired_bootstrap,
 )
-from capgen_utils.metrics.bootstrap import RESAMPLES
+from capgen_utils.metrics.bootstrap import INTERVALS
 from capgen_utils.metrics.scores import Extra
 from capgen_utils.shapes import judge, load_scenes, scenes_file
 
@@ -185,8 +185,7 @@ def _truth(captions: Captions, manifest: Manifest) -> dict[str, float]:
 
 def metric_protocol() -> dict[str, str]:
     """Return how each metric is computed, and what the intervals are."""
-    sampling = f"95 %, percentiles of {RESAMPLES:,} bootstrap resamples of the images, seed 0"
-    return {**PROTOCOLS, "tokenisation": TOKENISATION, "intervals": sampling}
+    return {**PROTOCOLS, "tokenisation": TOKENISATION, "intervals": f"{INTERVALS}, seed 0"}
 
 
 # --- what scores are held against -----------------------------------------------------------------------------------

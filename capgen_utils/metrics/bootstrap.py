@@ -14,6 +14,7 @@ from capgen_utils.metrics.scores import Captions, Extra, References, Statistics
 
 RESAMPLES = 1000
 LEVEL = 0.95
+INTERVALS = f"95 %, percentiles of {RESAMPLES:,} bootstrap resamples of the images"
 _AT_ONCE = 200_000  # weights of images that are held at a time
 
 

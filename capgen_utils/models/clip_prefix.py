@@ -24,6 +24,11 @@ class PrefixMemory(Memory):
     prefix: Tensor
 
 
+def transformer_of(text_model: Any) -> Any:
+    """Return the library's text transformer, which some of its versions wrap once more."""
+    return getattr(text_model, "text_model", text_model)
+
+
 class TextTower(nn.Module):
     """CLIP's text transformer, frozen and read causally: token ids in, hidden states out.
 
@@ -51,7 +56,7 @@ class TextTower(nn.Module):
             )  # fmt: skip
         ).eval()
         # Places are passed in; the library's own, which no file holds, would stay unmade where a bundle is loaded.
-        getattr(self.clip, "text_model", self.clip).embeddings.register_buffer("position_ids", None, persistent=False)
+        transformer_of(self.clip).embeddings.register_buffer("position_ids", None, persistent=False)
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TextTower":
@@ -64,7 +69,7 @@ class TextTower(nn.Module):
         Raises:
             CapGenError: it has other sizes.
         """
-        own = getattr(self.clip, "text_model", self.clip)
+        own = transformer_of(self.clip)
         weights = text.state_dict() | {"embeddings.token_embedding.weight": table}
         sizes = {key: value.shape for key, value in own.state_dict().items()}
         if {key: value.shape for key, value in weights.items() if key in sizes} != sizes:
@@ -80,7 +85,7 @@ class TextTower(nn.Module):
         Returns:
             Hidden states (M, T, tower_width), and keys and values with the new tokens.
         """
-        text = getattr(self.clip, "text_model", self.clip)
+        text = transformer_of(self.clip)
         earlier = keys.shape[3]
         places = torch.arange(earlier, earlier + tokens.shape[1], device=tokens.device)
         x = text.embeddings(input_ids=tokens, position_ids=places[None])
@@ -162,7 +167,7 @@ class ClipPrefixCaptioner(CaptionModel):
         Raises:
             CapGenError: the tower has other sizes.
         """
-        text = getattr(text_model, "text_model", text_model)
+        text = transformer_of(text_model)
         table = text.embeddings.token_embedding.weight.detach()[torch.tensor(rows)].float()
         if self.tower is not None:
             self.tower.load(text, table)
