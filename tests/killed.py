@@ -69,8 +69,8 @@ def train(folder: Path, run: str = "run", stop_step: int = 0, stop_evaluation: i
     print(json.dumps([[e["train_loss"], e["dev_loss"]] for e in trainer.progress.history]), flush=True)
 
 
-def bulk(folder: Path, **options: Any) -> None:
-    """Caption the folder's photos into out.jsonl; hang after each batch until the kill comes."""
+def bulk(folder: Path, output: str = "out.jsonl", resume: bool = False) -> None:
+    """Caption the folder's photos into a file, slowly, so that a kill can come between two batches."""
     from capgen_utils import bulk as module
     from capgen_utils import cli
 
@@ -82,8 +82,8 @@ def bulk(folder: Path, **options: Any) -> None:
         time.sleep(0.3)
 
     module.write_batch = slowly
-    cli.main(["caption", str(folder / "photos"), "--bundle", str(folder / "bundle"), "--batch-size", "4",
-              "--output", str(folder / "out.jsonl")])  # fmt: skip
+    asked = [str(folder / "photos"), "--bundle", str(folder / "bundle"), "--batch-size", "4"]
+    print(cli.main(["caption", *asked, "--output", str(folder / output), *["--resume"] * resume]))
 
 
 def distributed(folder: Path, run: str = "run", train: int = 12, **changes: Any) -> None:

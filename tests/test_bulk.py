@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import combinations, run_and_kill, save_tiny_bundle, two_tone
+from helpers import combinations, run_and_kill, run_script, save_tiny_bundle, two_tone
 
 from capgen_utils import bulk, cli, features
 from capgen_utils.bulk import CaptionFile, FailureFile, Style, caption_batches, read_paths, settings_of, write_batch
@@ -86,21 +86,25 @@ def test_wherever_a_file_was_torn_it_becomes_the_same_again(
         assert cut < ends[-3] or sum(batches) <= 5, "what is there is not done again, but for the last batch"
 
 
-def test_a_run_that_was_killed_goes_on(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on(bundle: Path, tmp_path: Path) -> None:
+    """All runs are processes of one kind: another number of threads may change a last digit."""
     names = draw(tmp_path / "photos", [f"{i:02d}.png" for i in range(14)])
     shutil.copytree(bundle, tmp_path / "bundle")
     names[5].write_bytes(b"")
     run_and_kill("bulk", tmp_path, count=2)
     killed = (tmp_path / "out.jsonl").read_bytes()
-    asked = (tmp_path / "photos", "--bundle", tmp_path / "bundle", "--batch-size", 4)
-    code, out, err = run(capsys, *asked, "--output", tmp_path / "whole.jsonl")
-    assert code == 1 and out == "" and "05.png" in err and "1 of 14" in err
+    assert run_script("bulk", tmp_path, output="whole.jsonl") == "1", "one image of 14 cannot be read"
     whole = (tmp_path / "whole.jsonl").read_bytes()
     assert 7 <= killed.count(b"\n") < 13 and whole.startswith(killed) and whole.count(b"\n") == 13
     with open(tmp_path / "out.jsonl", "ab") as stream:
         stream.write(b'{"image": "')  # as a kill within a line leaves it
-    assert run(capsys, *asked, "--output", tmp_path / "out.jsonl", "--resume")[0] == 1
+    assert run_script("bulk", tmp_path, resume=True) == "1"
     assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_a_failure_is_named_and_counted(capsys: pytest.CaptureFixture[str], bundle: Path, paths: list[Path]) -> None:
+    code, out, err = run(capsys, *paths[3:6], "--bundle", bundle, "--output", paths[0].parent / "out.jsonl")
+    assert code == 1 and out == "" and "4.png" in err and "1 of 3" in err
 
 
 def test_images_that_came_later_and_images_that_were_mended_are_added(
