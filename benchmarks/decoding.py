@@ -1,7 +1,7 @@
 """Our decoder beside the transformers library's ``generate``: one GPT-2, the same captions, captions per second.
 
-The GPT-2 (4 layers of 512, as many tokens as Flickr8k uses of GPT-2's table) learns made-up captions until it ends them
-by itself. A token in the place of the start token stands for the image. Five captions of an image differ by synonyms
+The GPT-2 (the language half of the CLIP + GPT-2 that the course trains on Flickr8k, with as many tokens as Flickr8k uses
+of GPT-2's table) learns made-up captions until it ends them by itself. A token in the place of the start token stands for the image. Five captions of an image differ by synonyms
 and by words left out; their lengths are spread like those that the captioner in data/ gives Flickr8k's captions.
 """
 
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capgen_utils.config import ClipGpt2Config, DecodingConfig, choose_device, choose_dtype
+from capgen_utils.config import DecodingConfig, choose_device, choose_dtype
 from capgen_utils.decoding import Specials, decode
 from capgen_utils.models.base import IGNORED, Memory, SharedState
 from capgen_utils.models.clip_gpt2 import Gpt2Decoder, gpt2_config
+from capgen_utils.presets import PRESETS
 
 VOCABULARY = 7100
 START, END, IMAGE, WORD = 0, 1, 100, 200  # tokens; images and words are numbered from there
@@ -75,8 +76,8 @@ def learn(device: torch.device) -> TokenGpt2:
     generator = random.Random(0)
     rows = made_up_captions(generator)
     torch.manual_seed(0)
-    sizes = {"n_embd": 512, "n_layer": 4, "n_head": 8, "n_positions": 64}
-    model = TokenGpt2(ClipGpt2Config(seq_len=LONGEST + 1, dropout=0.0, **sizes), VOCABULARY, WORD).to(device)
+    config = replace(PRESETS["flickr8k"].recipe("clip_gpt2").config, dropout=0.0)
+    model = TokenGpt2(config, VOCABULARY, WORD).to(device)
     with torch.no_grad():
         model.gpt2.wte.weight[IMAGE : IMAGE + IMAGES] *= 10  # easy to tell apart from the first step on
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

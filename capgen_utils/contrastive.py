@@ -524,9 +524,10 @@ def pretrain_dual_encoder(
     stem = preset_encoder(preset, root, stem_weights)
     print(f"training a small CLIP on {stem.name} once; it is kept in {folder}")
     manifest = load_dataset(preset.dataset, root)
-    train = manifest.split("train")
+    seen = load_dataset(recipe.dataset) if recipe.dataset else manifest
+    train = seen.split("train")
     flipped = extract(train, stem, "grid", flip=True) if preset.flip else None
-    data = TrainingData(train, manifest.split("dev"), extract(manifest, stem, "grid"), flipped)
+    data = TrainingData(train, seen.split("dev"), extract(seen, stem, "grid"), flipped)
     tokenizer = fit_tokenizer(recipe.tokenizer, train.captions(), preset.min_count)
     torch.manual_seed(recipe.training.seed)
     dual = DualEncoder.new(recipe.sizes, stem, tokenizer)
@@ -535,7 +536,7 @@ def pretrain_dual_encoder(
     run = best.images.training_run = dict(best.images.training_run or {})
     for split in ("dev", "test"):
         if split in manifest.split_names():
-            scores = measure(best.to(choose_device()), manifest.split(split), data.plain)
+            scores = measure(best.to(choose_device()), manifest.split(split), extract(manifest, stem, "grid"))
             run[split] = {key: round(value, 2) for key, value in scores.items()}
             print(f"{split}: " + ", ".join(f"{key} {value:.1f}" for key, value in scores.items()))
     best.save(folder)

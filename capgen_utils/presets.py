@@ -47,11 +47,13 @@ class ClipRecipe:
         sizes: of its two halves.
         training: how it is trained.
         tokenizer: ``clip`` or ``word``.
+        dataset: a key of ``datasets.DATASETS``; ``None`` for the preset's.
     """
 
     sizes: SmallClipConfig = SmallClipConfig()
     training: ContrastiveConfig = ContrastiveConfig()
     tokenizer: str = "clip"
+    dataset: str | None = None
 
 
 def _published_models() -> dict[str, Recipe]:
@@ -161,8 +163,8 @@ _SHAPES_CLIP = SmallClipConfig(
     text_heads=8, seq_len=32,
 )  # fmt: skip
 _SHAPES_CONTRASTIVE = ContrastiveConfig(
-    epochs=16, batch_images=32, learning_rate=1e-3, weight_decay=0.05, average=0.99, patience=16, captions=2, twins=4,
-    twin_weight=2.0, reconstruction=5.0, looking=8, captioning=2.0, feature_dropout=0.1,
+    epochs=4, batch_images=32, learning_rate=1e-3, weight_decay=0.05, average=0.99, patience=4, captions=2, twins=4,
+    twin_weight=2.0, reconstruction=5.0, looking=2, captioning=2.0, feature_dropout=0.0,
 )  # fmt: skip
 
 SHAPES = Preset(
@@ -179,11 +181,11 @@ SHAPES = Preset(
         "transformer": Recipe(TransformerConfig(**_SHAPES_CNN, **_SHAPES_DECODER)),
         "clip_prefix": Recipe(
             ClipPrefixConfig(
-                seq_len=32, d_model=256, n_decode=2, n_head=8, fc_dim=512, dropout=0.2, noise=0.4, text_inputs="tower"
+                seq_len=32, d_model=256, n_decode=2, n_head=8, fc_dim=512, dropout=0.1, noise=0.15, text_inputs="tower"
             ),
             SMALL_CLIP,
             "clip",
-            training=replace(SHAPES_TRAINING, epochs=10),
+            training=replace(SHAPES_TRAINING, epochs=14),
         ),
         "clip_gpt2": Recipe(
             ClipGpt2Config(**_MINI, n_embd=128, n_layer=2, n_head=4),
@@ -193,9 +195,12 @@ SHAPES = Preset(
     },
     training=SHAPES_TRAINING,
     pretraining=replace(SHAPES_TRAINING, epochs=22),
-    clip=ClipRecipe(_SHAPES_CLIP, _SHAPES_CONTRASTIVE),
+    clip=ClipRecipe(_SHAPES_CLIP, _SHAPES_CONTRASTIVE, dataset="many_shapes"),
     judge=ClipRecipe(
-        replace(_SHAPES_CLIP, vision_width=96, text_width=96), replace(_SHAPES_CONTRASTIVE, seed=2), "word"
+        replace(_SHAPES_CLIP, vision_width=96, text_width=96),
+        replace(_SHAPES_CONTRASTIVE, seed=2),
+        "word",
+        "many_shapes",
     ),
     language=replace(SHAPES_TRAINING, epochs=12),
     decoding=DecodingConfig(beam=3, max_length=25),
@@ -235,7 +240,7 @@ FLICKR8K = Preset(
     clip=ClipRecipe(_FLICKR8K_CLIP, _FLICKR8K_CONTRASTIVE),
     judge=ClipRecipe(
         replace(_FLICKR8K_CLIP, vision_width=256, vision_heads=4, text_width=256, text_heads=4),
-        replace(_FLICKR8K_CONTRASTIVE, seed=2),
+        replace(_FLICKR8K_CONTRASTIVE, seed=2, captioning=0.0),  # it need not help anyone speak
         "word",
     ),
     language=TrainingConfig(epochs=8, batch_images=64, learning_rate=1e-3, average=0.99),

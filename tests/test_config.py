@@ -37,6 +37,7 @@ def test_presets_name_things_that_exist_and_fit_together(name: str) -> None:
         assert recipe.decoding and recipe.training
         assert recipe.decoding.max_length <= recipe.config.seq_len - 1, "more than the model can say"
         assert from_dict(TrainingConfig, asdict(recipe.training)) == recipe.training
+    assert {preset.clip.dataset or preset.dataset, preset.judge.dataset or preset.dataset} <= set(DATASETS)
     for training in filter(None, (preset.pretraining, preset.language)):
         assert from_dict(TrainingConfig, asdict(training)) == training
 

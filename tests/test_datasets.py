@@ -385,7 +385,7 @@ def test_folder_needs_a_folder(tmp_path: Path) -> None:
 @pytest.fixture
 def few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = shapes.generate
-    monkeypatch.setattr(shapes, "generate", lambda folder: whole(folder, count=20))
+    monkeypatch.setattr(shapes, "generate", lambda folder, count, seed: whole(folder, 20, seed))
 
 
 @pytest.mark.usefixtures("few_shapes")
@@ -399,6 +399,19 @@ def test_shapes_are_drawn_once_in_the_data_folder(data_folder: Path, monkeypatch
     assert download_dataset("shapes") == next(data_folder.iterdir())
 
 
+@pytest.mark.usefixtures("few_shapes", "data_folder")
+def test_what_a_clip_is_trained_on_are_other_scenes() -> None:
+    many, few = load_dataset("many_shapes"), load_dataset("shapes")
+    assert many.root != few.root
+    drawn, judged = (set(map(repr, shapes.load_scenes(manifest.root).values())) for manifest in (many, few))
+    assert not drawn & judged and not any(scene.novel for scene in train_scenes(many))
+
+
+def train_scenes(manifest: Manifest) -> list[shapes.Scene]:
+    scenes = shapes.load_scenes(manifest.root)
+    return [scenes[item.image] for item in manifest.split("train").items]
+
+
 @pytest.mark.usefixtures("few_shapes")
 def test_two_processes_that_draw_at_once_both_succeed(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = data_folder / f"shapes-{shapes.version()}"
@@ -406,7 +419,7 @@ def test_two_processes_that_draw_at_once_both_succeed(data_folder: Path, monkeyp
 
     def slower(source: Path, destination: Path) -> None:
         if Path(destination) == target and not target.exists():
-            shapes.generate(target)  # the other process gets there first
+            shapes.generate(target, 20, 0)  # the other process gets there first
         rename(source, destination)
 
     monkeypatch.setattr(os, "rename", slower)
@@ -424,7 +437,7 @@ def test_damaged_shapes_are_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_the_registry_and_its_errors() -> None:
-    assert list(DATASETS) == ["shapes", "flickr8k", "flickr30k", "coco", "folder"]
+    assert list(DATASETS) == ["shapes", "many_shapes", "flickr8k", "flickr30k", "coco", "folder"]
     for ask in (load_dataset, download_dataset):
         with pytest.raises(CapGenError, match="choose one of shapes"):
             ask("flickr9k")

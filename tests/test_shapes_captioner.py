@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 
 
 # All but one reach 95 %, the LSTM that reads the image once by so little that another processor may round it away.
-# CLIP prefix sees one vector, and what that says of shapes does not carry over well to new scenes: it reaches 80 %.
-TRUE = {"show_tell": 0.93, "clip_prefix": 0.72}
+# CLIP prefix sees one vector: it reaches 90 %.
+TRUE = {"show_tell": 0.93, "clip_prefix": 0.85}
 
 
 @pytest.fixture(scope="session")

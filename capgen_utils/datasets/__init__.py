@@ -41,15 +41,15 @@ def _find_flickr8k(root: Path | None) -> Path:
     return folder
 
 
-def _find_shapes(root: Path | None) -> Path:
+def _find_shapes(root: Path | None, count: int = 3800, seed: int = 0) -> Path:
     """Return the generated data set; draw it where it is not there yet, which takes seconds."""
-    target = Path(root) if root is not None else data_dir() / f"shapes-{shapes.version()}"
+    target = Path(root) if root is not None else data_dir() / f"shapes-{shapes.version(count, seed)}"
     if target.is_dir() and any(target.iterdir()):
         return target
     with explain_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".shapes.", dir=target.parent) as holder:
-            shapes.generate(Path(holder) / "shapes")
+            shapes.generate(Path(holder) / "shapes", count, seed)
             try:
                 os.rename(Path(holder) / "shapes", target)
             except OSError:
@@ -67,8 +67,12 @@ def _need_folder(root: Path | None) -> Path:
     return Path(root)
 
 
+# A CLIP sees many more pictures than the captioners that are built on it; these are other scenes than those of shapes.
+_find_many_shapes = partial(_find_shapes, count=15_000, seed=1)
+
 DATASETS: dict[str, Dataset] = {
     "shapes": Dataset(layouts.read_shapes, _find_shapes, _find_shapes),
+    "many_shapes": Dataset(layouts.read_shapes, _find_many_shapes, _find_many_shapes),
     "flickr8k": Dataset(layouts.read_flickr8k, _find_flickr8k, download.download_flickr8k),
     "flickr30k": Dataset(
         layouts.read_flickr30k, partial(download.locate, "flickr30k"), partial(download.locate, "flickr30k")
