@@ -3,6 +3,8 @@
 #   make PYTHON=/path/to/python   uses that interpreter; without it the first suitable one of CANDIDATES is taken.
 #   Without a GPU a much smaller download is enough:
 #   make PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+#   For a class without network: `make wheelhouse` once, where there is one; then, with the folder copied,
+#   make setup WHEELHOUSE=wheelhouse   installs from it alone.
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -14,10 +16,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ifdef PIP_EXTRA_INDEX_URL
 export PIP_EXTRA_INDEX_URL
 endif
+# With WHEELHOUSE=folder nothing is asked of any index, whatever the machine's own pip settings are.
+ifdef WHEELHOUSE
+INDEX := --isolated --no-index --find-links '$(WHEELHOUSE)'
+endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check-python course test lint bench readme lab notebooks clean
+.PHONY: help setup check-python wheelhouse course test lint bench readme lab demo demo-picture notebooks first-cells clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,9 +64,18 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 			echo "  -> this Python cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; \
 			exit 1; }; \
 	fi
-	$(RUN) -m pip install -q -c constraints.txt 'setuptools>=77' -r requirements.txt
-	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(RUN) -m pip install -q $(INDEX) -c constraints.txt 'setuptools>=77' -r requirements.txt
+	$(RUN) -m pip install -q $(INDEX) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(STAMP)
+
+# Source distributions are built here, so that the class needs no compiler and no build tools.
+wheelhouse: ## collect everything the set-up needs in wheelhouse/, for machines without network
+	@$(CHOOSE_PYTHON); \
+	"$$chosen" -m venv --clear .wheelhouse-venv && \
+	.wheelhouse-venv/bin/python -m pip wheel -q -w wheelhouse -c constraints.txt \
+		'setuptools>=77' pip -r requirements.txt '.[dev]' && \
+	rm -rf .wheelhouse-venv wheelhouse/capgen_utils-* build
+	@echo "wheelhouse/ holds $$(ls wheelhouse | wc -l) wheels for $$(uname -sm); then: make setup WHEELHOUSE=wheelhouse"
 
 course: $(STAMP) ## the whole course in small: data, training, captions, scores
 	$(RUN) -m capgen_utils course
@@ -81,8 +96,20 @@ readme: $(STAMP) ## put the figures of results/ into README.md
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab notebooks
 
+# Uploads come as one message each; the server's own limit of 10 MB is less than many a photograph.
+demo: $(STAMP) ## open the demo as an app: caption your own photographs
+	@$(RUN) -c 'import voila' 2>/dev/null || $(RUN) -m pip install -q $(INDEX) -c constraints.txt 'voila>=0.5.8'
+	$(RUN) -m voila notebooks/demo.ipynb --Voila.tornado_settings="{'websocket_max_message_size': 209715200}"
+
+demo-picture: $(STAMP) ## drive the demo in Chromium and keep results/demo.png
+	@$(RUN) -c 'import voila' 2>/dev/null || $(RUN) -m pip install -q $(INDEX) -c constraints.txt 'voila>=0.5.8'
+	$(RUN) benchmarks/demo.py
+
 notebooks: $(STAMP) ## run every notebook from the first cell to the last
 	$(RUN) -m capgen_utils course --keep
+
+first-cells: $(STAMP) ## write the first cell and the badges into all notebooks and README.md
+	$(RUN) -m capgen_utils.stamping
 
 clean: ## delete caches and build outputs; .venv and data stay
 	rm -rf build dist *.egg-info course-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,9 @@
 """Our decoder beside the transformers library's ``generate``: one GPT-2, the same captions, captions per second.
 
-The GPT-2 (the language half of the CLIP + GPT-2 that the course trains on Flickr8k, with as many tokens as Flickr8k uses
-of GPT-2's table) learns made-up captions until it ends them by itself. A token in the place of the start token stands for the image. Five captions of an image differ by synonyms
-and by words left out; their lengths are spread like those that the captioner in data/ gives Flickr8k's captions.
+The GPT-2 is the language half of the CLIP + GPT-2 that the course trains on Flickr8k, with as many tokens as Flickr8k
+uses of GPT-2's table. It learns made-up captions until it ends them by itself. A token in the place of the start token
+stands for the image. Five captions of an image differ by synonyms and by words left out; their lengths are spread like
+those that the captioner in data/ gives Flickr8k's captions.
 """
 
 import random

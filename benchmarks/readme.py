@@ -70,6 +70,46 @@ def cost() -> str:
     return cost_table(results())
 
 
+def attention() -> str:
+    """Whether attention is where the thing is, and whether it matters: pointing game and deletion test."""
+    from capgen_utils.leaderboard import table
+
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*_attention.json"))]
+    pointed = [
+        [f"`{result['model']}`", choice, *(_share(games[kind]["maps"][choice]) for kind in games),
+         *(f"{100 * games[kind]['chance']:.1f} %" for kind in games),
+         *(f"{100 * games[kind]['maps'][choice]['near']:.1f} %" for kind in games)]
+        for result in found if "pointing" in result for games in [result["pointing"]]
+        for choice in result["deletion"]
+    ]  # fmt: skip
+    hidden = [
+        [result["protocol"]["dataset"], f"`{result['model']}`", choice, result["protocol"]["images"], row["words"],
+         *(f"{row[key]:.2f}" for key in ("looked", "patch", "stranger")),
+         *(_more(row[over]) for over in ("over patch", "over stranger"))]
+        for result in found for choice, row in result["deletion"].items()
+    ]  # fmt: skip
+    head = ["captioner", "map", "colour words", "shape words", "chance, colour", "chance, shape"]
+    head += ["colour, half a cell wider", "shape, half a cell wider"]
+    other = ["dataset", "captioner", "map", "images", "words", "where it looked", "random patch", "another's place"]
+    other += ["further than random", "further than another's"]
+    rules = found[0]["protocol"]
+    protocol = (
+        f"Hidden: {rules['share']:.0%} of the cells, under the {rules['fill']}; {rules['draws']} random patches a "
+        f"word; the first images of the test split. Brackets: {rules['intervals']}."
+    )
+    return f"{table(head, pointed)}\n\n{table(other, hidden)}\n\n{protocol}"
+
+
+def _share(one: Mapping[str, Any]) -> str:
+    low, high = one["interval"]
+    return f"{100 * one['score']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _more(one: Mapping[str, Any]) -> str:
+    low, high = one["more interval"]
+    return f"{100 * one['more']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
 def published() -> str:
     """Figures that others published on the same split, beside ours; each with its protocol."""
     from capgen_utils.leaderboard import table
@@ -128,6 +168,8 @@ def speed() -> str:
     parts.append(f"Measured on: {setting(extraction['machine'])}.")
     if "library" in bench:
         parts.append(beside_library(bench["library"]))
+    if "service" in bench:
+        parts.append(under_load(bench["service"]))
     return "\n\n".join(parts)
 
 
@@ -154,7 +196,36 @@ def beside_library(part: Mapping[str, Any]) -> str:
     return f"{shown}\n\nBatch {part['batch']}, {part['dtype']}, {part['threads']} threads, load before {load}."
 
 
-FIGURES = {"flickr8k": flickr8k, "published": published, "shapes": shapes, "cost": cost, "speed": speed}
+def under_load(part: Mapping[str, Any]) -> str:
+    """The service with one client and with many."""
+    from capgen_utils.leaderboard import table
+
+    lines = []
+    for search, text in {"greedy": "greedy", "default": "the captioner's own"}.items():
+        for kind in ("one_client", "many_clients"):
+            each = part[search][kind]
+            times = (f"{each[f'{p}_milliseconds']} ms" for p in ("p50", "p95", "p99"))
+            wrong = each["crossed"] + each["lost"]
+            lines.append(
+                [text, each["clients"], each["captions_per_second"], *times, wrong, each["resident_megabytes"][1]]
+            )
+    head = ["`capgen serve`, decoding", "clients", "captions/s", "p50", "p95", "p99", "wrong or lost", "resident MB"]
+    many, load = part["default"]["many_clients"], part["machine"]["load"]
+    return (
+        f"{table(head, lines)}\n\nClients share the machine with the service; {many['seconds']:.0f} s with many, "
+        f"load before {load}. Batching gains {part['greedy']['ratio']} and {part['default']['ratio']} times over one "
+        "request at a time."
+    )
+
+
+FIGURES = {
+    "flickr8k": flickr8k,
+    "published": published,
+    "shapes": shapes,
+    "cost": cost,
+    "speed": speed,
+    "attention": attention,
+}
 
 
 def fill(text: str) -> str:

@@ -191,12 +191,20 @@ def bench_metrics() -> dict[str, Any]:
     }
 
 
+def bench_service() -> dict[str, Any]:
+    """A minute of bounded clients on ``capgen serve``: rates, latencies, memory, wrong and lost answers, a kill."""
+    from benchmarks.load import bench_service
+
+    return bench_service()
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "extraction": bench_extraction,
     "training": bench_training,
     "decoding": bench_decoding,
     "library": bench_library,
     "metrics": bench_metrics,
+    "service": bench_service,
 }
 
 

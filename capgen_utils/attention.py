@@ -15,6 +15,7 @@ from capgen_utils.encoders import Preprocessing
 from capgen_utils.features import encode_images
 from capgen_utils.files import CapGenError
 from capgen_utils.images import ImageLike
+from capgen_utils.logits import allowed
 from capgen_utils.models.base import Grouping
 from capgen_utils.models.clip_gpt2 import Gpt2Decoder
 from capgen_utils.models.transformer import TransformerCaptioner
@@ -54,14 +55,25 @@ def upsample(weights: Any, size: tuple[int, int], preprocessing: Preprocessing |
     values = np.asarray(weights, dtype=np.float32).reshape(-1)
     side = grid_side(len(values))
     grid = Image.fromarray(values.reshape(side, side))  # one float a pixel
+    left, top, right, bottom = seen_box(size, preprocessing)
+    result = np.zeros((size[1], size[0]), dtype=np.float32)
+    result[top:bottom, left:right] = np.asarray(grid.resize((right - left, bottom - top), Image.Resampling.BILINEAR))
+    return result
+
+
+def seen_box(size: tuple[int, int], preprocessing: Preprocessing | None = None) -> tuple[int, int, int, int]:
+    """Return which part of an image its encoder sees: left, top, right, bottom in pixels, the latter two excluded.
+
+    Args:
+        size: (width, height) of the image.
+        preprocessing: of the encoder; ``None`` for squash, which keeps everything.
+    """
     width, height = size
     if preprocessing is None or preprocessing.resize != "crop":
-        return np.asarray(grid.resize((width, height), Image.Resampling.BILINEAR))
+        return 0, 0, width, height
     short = min(size)
     left, top = (width - short) // 2, (height - short) // 2
-    result = np.zeros((height, width), dtype=np.float32)
-    result[top : top + short, left : left + short] = np.asarray(grid.resize((short, short), Image.Resampling.BILINEAR))
-    return result
+    return left, top, left + short, top + short
 
 
 def on_grid(weights: Tensor) -> Tensor:
@@ -276,7 +288,7 @@ class CaptionMaps:
 def caption_maps(
     captioner: Captioner,
     images: Sequence[ImageLike],
-    captions: Sequence[str] | None = None,
+    captions: Sequence[str | Sequence[int]] | None = None,
     batch_size: int = 32,
     **options: Unpack[DecodingOptions],
 ) -> list[CaptionMaps]:
@@ -287,7 +299,8 @@ def caption_maps(
     Args:
         captioner: one that looks: attend_tell, transformer, clip_gpt2.
         images: paths, PIL images or arrays.
-        captions: what is to be said, one an image; by default what the captioner says.
+        captions: what is to be said, one an image, as text or as ``Caption.tokens``; by default what the captioner
+            says.
         batch_size: images that go through the networks together.
         options: how captions are found, see ``Captioner.caption``.
 
@@ -308,11 +321,53 @@ def caption_maps(
     return found
 
 
-def _given(captioner: Captioner, text: str) -> tuple[int, ...]:
-    tokens, longest = tuple(captioner.tokenizer.encode(text)[1:-1]), longest_caption(captioner.model) - 1
-    if len(tokens) > longest:
-        raise CapGenError(f"a caption of {len(tokens)} tokens is too long: {text[:60]!r}", f"pass {longest} at most")
+def _given(captioner: Captioner, said: str | Sequence[int]) -> tuple[int, ...]:
+    tokens = tuple(captioner.tokenizer.encode(said)[1:-1] if isinstance(said, str) else said)
+    longest = longest_caption(captioner.model)
+    if len(tokens) > longest - isinstance(said, str):  # one that was cut has no end token
+        raise CapGenError(f"a caption of {len(tokens)} tokens is too long: {said[:60]!r}", f"pass {longest} at most")
     return tokens
+
+
+class Choice(NamedTuple):
+    """A token that might have come next: its text, its probability, and whether it did come."""
+
+    text: str
+    probability: float
+    said: bool
+
+
+@torch.inference_mode()
+def next_words(captioner: Captioner, image: ImageLike, maps: CaptionMaps, count: int = 8) -> list[list[Choice]]:
+    """Return what a captioner held likely at each word of a caption, given the words before it.
+
+    Args:
+        captioner: that said or read the caption.
+        image: that it is of.
+        maps: of the caption. Of a word that is spelled by several tokens, the first one is looked at.
+        count: how many to return for each word.
+
+    Returns:
+        For each word the tokens that were likely, the likeliest first; what was said is always among them. The end of
+        the caption is written ``(end)``.
+    """
+    model, specials = captioner.model, captioner.specials
+    features = encode_images(captioner.encoder, [image], captioner.bundle.extraction_dtype)[model.feature]
+    memory = model.encode(features.to(captioner.device).float())
+    read = torch.tensor([[specials.start, *maps.tokens[:-1]]], device=captioner.device)
+    logits = model(memory, read, read.new_zeros(1))[0]  # (T, V)
+    likely = allowed(logits, specials.banned).softmax(-1).cpu()
+    found = []
+    for word in maps.words:
+        said, row = maps.tokens[word.first], likely[word.first]
+        best = row.topk(min(count, len(row))).indices.tolist()
+        best = best if said in best else [*best[: count - 1], said]
+        found.append([Choice(_shown(captioner, token), float(row[token]), token == said) for token in best])
+    return found
+
+
+def _shown(captioner: Captioner, token: int) -> str:
+    return "(end)" if token == captioner.specials.end else captioner.tokenizer.decode([token]).strip() or "(space)"
 
 
 @torch.inference_mode()

@@ -7,11 +7,15 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from capgen_utils.captioner import Caption, Captioner
-from capgen_utils.decoding import DecodingOptions, check_decoding, longest_caption, with_options
+from capgen_utils.captions import Caption
 from capgen_utils.files import CapGenError, explain_os_errors, fingerprint, read_json, sha256_file, write_json
+from capgen_utils.options import DecodingOptions, check_decoding, with_options
+
+if TYPE_CHECKING:  # so that a captioner without torch can be used too
+    from capgen_utils.captioner import Captioner
+    from capgen_utils.onnx_captioner import OnnxCaptioner
 
 BATCH_SIZE = 32
 VERSION = 1
@@ -265,7 +269,7 @@ class FailureFile:
 
 
 def settings_of(
-    captioner: Captioner,
+    captioner: "Captioner | OnnxCaptioner",
     style: Style,
     options: DecodingOptions,
     rerank: bool = False,
@@ -277,14 +281,14 @@ def settings_of(
     Raises:
         CapGenError: the decoding options are not possible.
     """
-    decoding = with_options(captioner.bundle.decoding, **options)
+    decoding = with_options(captioner.decoding, **options)
     chosen = {"scorer": scorer and _contents(scorer), "temperatures": temperatures} if rerank else None
     return {
         "version": VERSION,
         "format": style.format,
         "candidates": style.candidates,
-        "bundle": captioner.bundle.folder and _contents(captioner.bundle.folder),
-        "decoding": asdict(check_decoding(decoding, longest_caption(captioner.model))),
+        "bundle": captioner.folder and _contents(captioner.folder),
+        "decoding": asdict(check_decoding(decoding, captioner.longest)),
         "reranking": chosen,
     }
 
@@ -296,7 +300,7 @@ def _contents(folder: Path) -> str:
 
 
 def caption_batches(
-    captioner: Captioner,
+    captioner: "Captioner | OnnxCaptioner",
     paths: Sequence[Path],
     held: Iterable[str] = (),
     batch_size: int = BATCH_SIZE,

@@ -9,6 +9,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from capgen_utils.captions import Candidate as Candidate
+from capgen_utils.captions import Caption as Caption
+from capgen_utils.captions import caption_of
 from capgen_utils.checkpoint import Bundle, load_bundle, require_scorer
 from capgen_utils.config import DecodingConfig, choose_device
 from capgen_utils.decoding import (
@@ -32,46 +35,6 @@ from capgen_utils.machine import REPOSITORY
 from capgen_utils.rerank import best_first, fit, shared_sight, temperatures_of
 
 DEFAULT_BUNDLE = REPOSITORY / "data" / "bundles" / "flickr8k_transformer"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One caption that was considered; see ``decoding.Hypothesis`` for what the numbers mean exactly.
-
-    Attributes:
-        text: the caption.
-        log_probability: natural logarithm under the captioner, summed over its tokens.
-        score: what candidates are ranked by, unless a CLIP chose among them.
-        temperature: what it was drawn at; 0 where it was searched for.
-        clip_score: cosine of image and caption, where a CLIP chose among them: the higher the better it fits.
-    """
-
-    text: str
-    log_probability: float
-    score: float
-    temperature: float = 0.0
-    clip_score: float | None = None
-
-
-@dataclass(frozen=True)
-class Caption:
-    """The result for one image.
-
-    Attributes:
-        text: the best caption.
-        log_probability: natural logarithm, summed over its tokens.
-        words: the caption token by token.
-        ended: false where it was cut at the maximum length.
-        candidates: all captions found, best first; the first is ``text``.
-        tokens: their ids, one for each of ``words``.
-    """
-
-    text: str
-    log_probability: float
-    words: tuple[str, ...]
-    ended: bool
-    candidates: tuple[Candidate, ...]
-    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +95,21 @@ class Captioner:
         given = require_scorer(bundle, Path(scorer), encoder_weights) if scorer is not None else None
         return cls(bundle, bundle.build_encoder(encoder_weights), choose_device(device), given, encoder_weights)
 
+    @property
+    def decoding(self) -> DecodingConfig:
+        """How captions are found unless asked otherwise."""
+        return self.bundle.decoding
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a caption can have, its end token included."""
+        return longest_caption(self.model)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the bundle was read from."""
+        return self.bundle.folder
+
     @cached_property
     def scorer(self) -> DualEncoder:
         """The CLIP that chooses among captions: the one that was given, else the bundle's.
@@ -159,7 +137,8 @@ class Captioner:
         What is drawn for an image hangs on its pixels and the seed, not on the images beside it.
 
         Args:
-            images: a path, PIL image or array (H, W, 3), or a sequence of them.
+            images: a path, PIL image, array (H, W, 3) or torch tensor (3, H, W), or a sequence of them; also a tensor
+                (B, 3, H, W). Numbers are uint8, or float from 0 to 1.
             batch_size: images that go through the networks together.
             rerank: let the ``scorer`` choose the caption that fits the image best.
             temperatures: what it chooses from: one caption drawn at each of these, 0 being the most likely one. By
@@ -223,7 +202,7 @@ class Captioner:
     def _plan(
         self, options: DecodingOptions, rerank: bool = False, temperatures: Sequence[float] | None = None
     ) -> _Plan:
-        decoding = check_decoding(with_options(self.bundle.decoding, **options), longest_caption(self.model))
+        decoding = check_decoding(with_options(self.decoding, **options), self.longest)
         if rerank:
             return _Plan(decoding, temperatures_of(temperatures, options), self.scorer)
         if temperatures is not None:
@@ -276,16 +255,7 @@ class Captioner:
 
     def _result(self, hypotheses: Sequence[Hypothesis], scores: Sequence[float] | None = None) -> Caption:
         order = range(len(hypotheses)) if scores is None else best_first(scores)
-        best = hypotheses[order[0]]
-        candidates = tuple(
-            Candidate(
-                self.tokenizer.decode(hypotheses[i].tokens), hypotheses[i].log_probability, hypotheses[i].score,
-                hypotheses[i].temperature, None if scores is None else scores[i],
-            )
-            for i in order
-        )  # fmt: skip
-        words = tuple(self.tokenizer.words(best.tokens))
-        return Caption(candidates[0].text, best.log_probability, words, best.ended, candidates, best.tokens)
+        return caption_of(self.tokenizer, hypotheses, order, scores)
 
 
 def _why_unreadable(path: Path) -> CapGenError | None:

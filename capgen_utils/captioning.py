@@ -31,6 +31,12 @@ def add_caption(commands: Any) -> None:
         help="image files, folders with all that is in them, or - for a list of paths on stdin",
     )  # fmt: skip
     add_bundle_options(parser)
+    parser.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="FOLDER",
+        help="an exported captioner instead, which needs no torch",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     _add_output_options(parser)
     add_decoding_options(parser)
@@ -53,12 +59,11 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def _caption(options: argparse.Namespace) -> int:
     from capgen_utils.bulk import FailureFile, Style
-    from capgen_utils.captioner import Captioner
 
     _check(options)
     lost: list[tuple[Path, CapGenError]] = []
     paths = _gather(options.images, lost)
-    captioner = Captioner.from_bundle(options.bundle, options.device, options.encoder_weights, options.scorer)
+    captioner = _load(options)
     style = Style(options.format, options.candidates, options.rerank, named=len(paths) > 1)
     with _output(options, style, captioner, paths) as output:
         failures = FailureFile(options.failures)
@@ -78,7 +83,23 @@ def _caption(options: argparse.Namespace) -> int:
     return 0 if not failed else 1 if failed < total else 2
 
 
+def _load(options: argparse.Namespace) -> Any:
+    """Return a ``Captioner``, or the exported one that was asked for, which imports no torch."""
+    if options.onnx is not None:
+        from capgen_utils.onnx_captioner import OnnxCaptioner
+
+        return OnnxCaptioner.from_folder(options.onnx)
+    from capgen_utils.captioner import Captioner
+
+    return Captioner.from_bundle(options.bundle, options.device, options.encoder_weights, options.scorer)
+
+
 def _check(options: argparse.Namespace) -> None:
+    of_bundles = ("bundle", "encoder_weights", "scorer", "rerank")
+    if options.onnx is not None and (unused := [name for name in of_bundles if getattr(options, name)]):
+        raise CapGenError(
+            f"an exported captioner knows no --{unused[0].replace('_', '-')}", "use either --onnx or a bundle"
+        )
     if options.format is None:
         suffix = options.output.suffix.lower().removeprefix(".") if options.output else ""
         options.format = suffix if suffix in _FORMATS else "text"

@@ -22,8 +22,10 @@ from capgen_utils.arguments import (
 )
 from capgen_utils.captioning import add_caption
 from capgen_utils.config import data_dir
+from capgen_utils.exporting import add_export
 from capgen_utils.files import CapGenError, write_json
 from capgen_utils.presets import PRESETS, get_preset
+from capgen_utils.serving import add_serve
 
 _JAVA = "METEOR 1.5 too, the one that papers report; needs Java and: pip install pycocoevalcap"
 
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
         _add_doctor, _add_download, _add_pretrain, _add_train, _add_evaluate, _add_attention, _add_score,
-        _add_leaderboard, add_caption, _add_info, _add_course, _add_completion,
+        _add_leaderboard, add_caption, add_export, add_serve, _add_info, _add_course, _add_completion,
     ):  # fmt: skip
         add(commands)
     return parser

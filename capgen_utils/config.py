@@ -5,12 +5,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from capgen_utils.files import CapGenError
 from capgen_utils.machine import REPOSITORY
+
+if TYPE_CHECKING:  # functions import it themselves: what runs without torch reads configurations too
+    import torch
 
 Config = TypeVar("Config")
 LARGEST_BEAM = 100  # hypotheses an image; memory grows with it, captions stop changing long before
@@ -317,12 +318,14 @@ def data_dir() -> Path:
     return Path(os.environ.get("CAPGEN_DATA") or REPOSITORY / "data").expanduser()
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto") -> "torch.device":
     """Return the named device, or the best one at hand: CUDA, then Apple's MPS, then the CPU.
 
     Raises:
         CapGenError: no such device, or this machine has none.
     """
+    import torch
+
     if name != "auto":
         try:
             torch.empty(0, device=name)
@@ -340,11 +343,13 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def cpu_has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 matrices itself (AMX or AVX512-BF16)."""
+    import torch
+
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
 
 
-def choose_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
+def choose_dtype(device: "torch.device", name: str = "auto") -> "torch.dtype":
     """Return the compute dtype for ``device``.
 
     ``auto`` is bf16 where the hardware has it (CUDA compute capability 8.0 and above, CPUs with AMX or
@@ -353,6 +358,8 @@ def choose_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     Raises:
         CapGenError: ``name`` is none of auto, fp32, bf16, fp16.
     """
+    import torch
+
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if name in named:
         return named[name]

@@ -235,7 +235,8 @@ def _describe_images(page: str, notebook: NotebookNode) -> str:
 
 
 def offline(page: str) -> str:
-    """Remove scripts and style sheets that a page would fetch from the network."""
+    """Remove what a page would fetch from the network: scripts, style sheets and the pictures of badges."""
+    page = re.sub(r'<img\b(?=[^>]*\bsrc="(?:https?:)?//)(?:[^>]*?\balt="([^"]*)")?[^>]*>', r"\1", page)
     page = re.sub(r"<script\b[^>]*>.*?</script>", _unless_from_elsewhere, page, flags=re.DOTALL)
     return re.sub(r"<link\b[^>]*\bhref=[\"'](?:https?:)?//[^>]*>", "", page)
 

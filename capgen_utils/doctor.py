@@ -16,7 +16,7 @@ import torch
 from capgen_utils.compat import import_torchvision
 from capgen_utils.config import choose_device, choose_dtype, data_dir
 from capgen_utils.files import CapGenError
-from capgen_utils.machine import REPOSITORY
+from capgen_utils.machine import requirement_lines
 
 MIN_PYTHON = (3, 11)
 MIN_FREE = 3_000_000_000  # bytes: Flickr8k unpacked, its archive and its features
@@ -124,16 +124,6 @@ def _python() -> Iterable[Finding]:
     ok = sys.version_info[:2] >= MIN_PYTHON
     wanted = ".".join(map(str, MIN_PYTHON))
     yield Finding("Python", f"{platform.python_version()} on {platform.system()}", ok, f"use Python {wanted} or newer")
-
-
-def requirement_lines() -> list[str]:
-    """Return the package's requirements as text: from the clone's file, else from the installed metadata."""
-    listed = REPOSITORY / "requirements.txt"
-    if listed.is_file():
-        lines = listed.read_text(encoding="utf-8").splitlines()
-    else:
-        lines = [line for line in metadata.requires("capgen-utils") or [] if "extra ==" not in line]
-    return [text for line in lines if (text := line.split("#")[0].strip())]
 
 
 def _packages() -> Iterable[Finding]:

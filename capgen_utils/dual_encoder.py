@@ -151,7 +151,8 @@ class DualEncoder(nn.Module):
         """Encode photographs into vectors (B, E) of length 1, on the CPU.
 
         Args:
-            images: a path, PIL image or array (H, W, 3), or a sequence of them.
+            images: a path, PIL image, array (H, W, 3) or torch tensor (3, H, W), or a sequence of them; also a tensor
+                (B, 3, H, W). Numbers are uint8, or float from 0 to 1.
             dtype: compute dtype of the image half, or of its stem where it has one.
             batch_size: images that are encoded together.
 

@@ -3,15 +3,13 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,39 +18,10 @@ from capgen_utils.compat import import_torchvision
 from capgen_utils.config import SmallClipConfig, data_dir, from_dict
 from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
 from capgen_utils.hub import load_pretrained
+from capgen_utils.preprocessing import Preprocessing as Preprocessing
+from capgen_utils.preprocessing import preprocessing_from_json as preprocessing_from_json
 from capgen_utils.presets import SMALL_CLIP
 from capgen_utils.tensors import compact, read_tensors, save_tensors
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an RGB image becomes the encoder's input: kept with the encoder and stored in every bundle.
-
-    Attributes:
-        size: side of the square in pixels.
-        resize: ``squash`` (both sides to ``size``) or ``crop`` (short side to ``size``, centre kept).
-        mean, std: per channel, for values from 0 to 1.
-    """
-
-    size: int = 224
-    resize: str = "squash"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __call__(self, image: Image.Image, flip: bool = False) -> np.ndarray:
-        """Return the pixels the encoder sees, uint8 (size, size, 3); ``flip`` mirrors left and right."""
-        if self.resize == "crop":  # the centre alone is resized: a narrow strip would grow to gigabytes first
-            side = min(image.size)
-            left, top = ((length - side) / 2 for length in image.size)
-            box = (left, top, left + side, top + side)
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        elif image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image)
-        return pixels[:, ::-1] if flip else pixels
 
 
 class Encoder(nn.Module):
@@ -586,21 +555,3 @@ def build_encoder(name: str, weights: Path | None = None, resize: str | None = N
     if resize is not None:
         encoder.preprocessing = replace(encoder.preprocessing, resize=resize)
     return encoder
-
-
-def preprocessing_from_json(value: Any) -> Preprocessing:
-    """Rebuild a ``Preprocessing`` that a bundle stored.
-
-    Raises:
-        CapGenError: unknown fields or impossible values.
-    """
-    value = value if isinstance(value, dict) else {}
-    given = [value.get(key) for key in ("mean", "std")]
-    mean, std = (tuple(v) if isinstance(v, list | tuple) else () for v in given)
-    numbers = all(type(x) in (int, float) and abs(x) <= 100 for x in mean + std)
-    if len(mean) != 3 or len(std) != 3 or not numbers or min(std) < 1e-3:
-        raise CapGenError(f"the bundle's preprocessing {value} is not possible", "get the bundle again")
-    result = from_dict(Preprocessing, {**value, "mean": mean, "std": std})
-    if not 8 <= result.size <= 2048 or result.resize not in ("squash", "crop"):
-        raise CapGenError(f"the bundle's preprocessing {value} is not possible", "get the bundle again")
-    return result

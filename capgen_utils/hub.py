@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from capgen_utils.compat import import_torchvision
 from capgen_utils.files import CapGenError
 
 HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as out of reach
@@ -36,6 +33,10 @@ def load_pretrained(kind: type, source: str | Path, remedy: str) -> Any:
     Raises:
         CapGenError: nothing is there, or something else.
     """
+    import torch  # here, because tables of tokens are fetched without torch
+
+    from capgen_utils.compat import import_torchvision
+
     import_torchvision()
     expected = kind.config_class.model_type  # type: ignore[attr-defined]
     found = read_config(source, remedy).get("model_type")

@@ -1,16 +1,20 @@
 """Photographs from outside, made harmless: decoded, turned upright, RGB, or refused with the reason."""
 
+import io
 import os
 import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union, cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from capgen_utils.files import CapGenError
+
+if TYPE_CHECKING:  # a tensor is known by what it can do: images are opened without torch too
+    from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # a decoded RGB image of this size takes 300 MB
 MAX_BYTES = 200_000_000
@@ -18,7 +22,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # an MPO of two pictures is opened by JPEG
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _TOO_LARGE = f"scale it to at most {MAX_PIXELS // 10**6} megapixels first"
-ImageLike = str | Path | Image.Image | np.ndarray
+_NOT_AN_IMAGE = "the file is damaged or not an image: open it in a viewer, or save it again as JPEG or PNG"
+ImageLike = Union[str, Path, Image.Image, np.ndarray, "Tensor"]
 
 
 def open_image(source: ImageLike) -> Image.Image:
@@ -28,19 +33,22 @@ def open_image(source: ImageLike) -> Image.Image:
     on white; CMYK, palette, grey and 16-bit images are converted; of an animation the first frame is taken.
 
     Args:
-        source: a path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4): uint8, or float from 0 to 1.
+        source: a path, a PIL image, an array (H, W), (H, W, 3) or (H, W, 4), or a torch tensor (3, H, W), wherever it
+            lies; arrays and tensors are uint8, or float from 0 to 1.
 
     Raises:
         CapGenError: missing, empty, truncated, too large, or not an image; names the file.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    if _is_tensor(source):
+        return _from_array(_channels_last(source))
     if isinstance(source, Image.Image):
         try:  # an image that was opened but not loaded can still turn out to be damaged
             return _to_rgb(source)
         except (OSError, ValueError, SyntaxError) as error:
             raise CapGenError(f"the image cannot be read ({error})", "the file it came from is damaged") from error
-    path = Path(source)
+    path = Path(cast("str | Path", source))
     try:
         if not stat.S_ISREG((status := path.stat()).st_mode):  # a pipe would be waited for
             raise CapGenError(f"{path} is not a file", "name an image file")
@@ -60,10 +68,34 @@ def open_image(source: ImageLike) -> Image.Image:
         raise CapGenError(f"{path} cannot be read as an image ({error})", _remedy(path)) from error
 
 
+def open_bytes(content: bytes | bytearray | memoryview, name: str = "the upload") -> Image.Image:
+    """Return an image that came as bytes, as ``open_image`` does; its name is only used to speak of it.
+
+    Raises:
+        CapGenError: empty, truncated, too large, or not an image.
+    """
+    if not len(content) or len(content) > MAX_BYTES:
+        size = "is empty" if not len(content) else f"is larger than {MAX_BYTES // 10**6} MB"
+        raise CapGenError(f"{name} {size}", "choose a photograph, saved smaller if need be")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                return _to_rgb(image, name)
+    except CapGenError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise CapGenError(f"{name} has too many pixels ({error})", _TOO_LARGE) from error
+    except UnidentifiedImageError as error:  # its message names an object in memory
+        raise CapGenError(f"{name} is not an image", _NOT_AN_IMAGE) from error
+    except Exception as error:
+        raise CapGenError(f"{name} cannot be read as an image ({error})", _NOT_AN_IMAGE) from error
+
+
 def _remedy(path: Path) -> str:
     if os.path.isfile(path) and path.stat().st_size == 0:
         return "the file is empty: copy or download it again"
-    return "the file is damaged or not an image: open it in a viewer, or save it again as JPEG or PNG"
+    return _NOT_AN_IMAGE
 
 
 def _to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
@@ -100,6 +132,21 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8:
         raise CapGenError(f"an image array of dtype {array.dtype} is not supported", "pass uint8, or float from 0 to 1")
     return _to_rgb(Image.fromarray(array))
+
+
+def _is_tensor(source: Any) -> bool:
+    return all(hasattr(source, name) for name in ("detach", "permute", "is_floating_point"))
+
+
+def _channels_last(tensor: Any) -> np.ndarray:
+    """(3, H, W) -> array (H, W, 3)."""
+    if tensor.ndim != 3 or tensor.shape[0] != 3:
+        raise CapGenError(
+            f"a tensor of shape {tuple(tensor.shape)} is not an image",
+            "pass (3, height, width), channels first, or a batch of them: (B, 3, height, width)",
+        )
+    kind = tensor.float() if tensor.is_floating_point() else tensor  # numpy knows no bfloat16
+    return np.asarray(kind.detach().cpu().permute(1, 2, 0))
 
 
 def find_images(
@@ -164,5 +211,5 @@ def _is_image(path: Path) -> bool:
 
 
 def is_many(images: Any) -> bool:
-    """Whether ``images`` is a sequence of images rather than one image."""
-    return isinstance(images, Sequence) and not isinstance(images, str)
+    """Whether ``images`` is a sequence of images, or a tensor (B, 3, H, W) of them, rather than one image."""
+    return (isinstance(images, Sequence) and not isinstance(images, str)) or (_is_tensor(images) and images.ndim == 4)

@@ -51,6 +51,39 @@ def problems(result: dict[str, Any], host: str = "") -> list[str]:
     return found
 
 
+DELETED = {"words", "images", "looked", "patch", "stranger", "over patch", "over stranger"}
+POINTED = {"tries", "images", "chance", "chance near", "centre", "maps"}
+ATTENTION_PROTOCOL = {
+    "dataset", "split", "images", "images_in_split", "decoding", "intervals", "encoder", "encoder_weights",
+    "extraction_dtype", "share", "draws", "fill", "test_seed", "seed", "revision",
+}  # fmt: skip
+
+
+def attention_problems(result: dict[str, Any]) -> list[str]:
+    """Return what is missing from the tests of a captioner's attention, or should not be there."""
+    protocol, machine = result.get("protocol") or {}, result.get("machine") or {}
+    found = [f"protocol lacks {key}" for key in sorted(ATTENTION_PROTOCOL - set(protocol))]
+    found += [f"machine lacks {key}" for key in sorted(MACHINE - set(machine))]
+    found += [f"no version of {v}" for v in sorted(VERSIONS - set(machine.get("versions") or {}))]
+    found += [f"lacks {key}" for key in ("model", "parameters", "date", "deletion") if not result.get(key)]
+    found += ["the share of the class token is missing"] * ("class token" not in result)
+    for choice, row in (result.get("deletion") or {}).items():
+        found += [f"deletion, {choice} lacks {key}" for key in sorted(DELETED - set(row))]
+        for over in ("over patch", "over stranger"):
+            for value, ends in (("difference", "interval"), ("more", "more interval")):
+                found += _outside(f"{choice}, {over}, {value}", row[over][value], row[over][ends])
+    for kind, game in (result.get("pointing") or {}).items():
+        found += [f"pointing, {kind} lacks {key}" for key in sorted(POINTED - set(game))]
+        found += [f"{kind} has no chance level"] * (not 0 < game["chance"] < 1)
+        for choice, one in game["maps"].items():
+            found += _outside(f"{kind}, {choice}", one["score"], one["interval"])
+    return found + [f"holds the path {s[:60]!r}" for s in strings(result) if PATH.search(s)]
+
+
+def _outside(name: str, value: float, ends: list[float]) -> list[str]:
+    return [] if ends[0] <= value <= ends[1] else [f"{name} is outside its interval"]
+
+
 def prediction_problems(path: Path) -> list[str]:
     """Return what keeps a file from being captions in COCO's results format."""
     rows = json.loads(path.read_text(encoding="utf-8"))

@@ -54,7 +54,7 @@ def test_made_up_captions_are_like_flickr8k_s(decoding: ModuleType) -> None:
 
 def test_every_part_of_the_benchmark_is_named_and_documented() -> None:
     run = load("run")
-    assert set(run.PARTS) == {"extraction", "training", "decoding", "library", "metrics"}
+    assert set(run.PARTS) == {"extraction", "training", "decoding", "library", "metrics", "service"}
     assert all(part.__doc__ for part in run.PARTS.values())
 
 

@@ -35,6 +35,44 @@ def test_an_image_is_the_same_however_it_comes(captioner: Captioner) -> None:
     assert [c.text for c in captioner.caption(tuple(forms[:2]))] == [said[0][0].text] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_tensors_are_captioned_as_the_pictures_they_hold(captioner: Captioner, dtype: torch.dtype) -> None:
+    pixels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (3, 48, 80, 3), dtype=np.uint8))
+    batch = pixels.permute(0, 3, 1, 2).to(dtype)  # (B, 3, H, W), and not contiguous
+    batch = batch / 255 if dtype.is_floating_point else batch
+    # What 8 bits of bfloat16 hold of a number is what counts, also for the picture it is compared with.
+    shown = (batch.float() * 255).round().byte() if dtype.is_floating_point else batch
+    pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in shown]
+    expected = captioner.caption(pictures, beam=3)
+    assert captioner.caption(batch, beam=3) == expected
+    assert captioner.caption(list(batch), beam=3) == expected, "a list of tensors"
+    assert [c.text for c in captioner.caption(batch, beam=3, batch_size=2)] == [c.text for c in expected]
+    assert captioner.caption(batch[1], beam=3)[0].text == expected[1].text, "one alone"
+    assert captioner.caption([pictures[0], batch[1]], beam=3)[1].text == expected[1].text, "mixed"
+    assert captioner.caption(batch.clone().requires_grad_(dtype.is_floating_point), beam=3) == expected
+    assert captioner.caption(batch[:0]) == []
+    drawn = [captioner.caption(images, temperature=1.0, seed=4) for images in (batch, pictures)]
+    assert drawn[0] == drawn[1]
+    caption, looked = captioner.attention(batch[2])
+    assert caption == captioner.attention(pictures[2])[0] and looked
+
+
+@pytest.mark.parametrize(
+    ("tensor", "remedy"),
+    [(torch.zeros(8, 8, 3), "channels first"), (torch.zeros(2, 8, 8, 3), "channels first"),
+     (torch.zeros(8, 8), "first"), (torch.zeros(1, 8, 8), "channels first"),
+     (torch.zeros(1, 1, 3, 8, 8), "first"), (torch.zeros(()), "first"),
+     (torch.full((3, 8, 8), 200.0), "divide by 255"), (torch.full((3, 8, 8), -0.1), "divide"),
+     (torch.full((3, 8, 8), torch.nan), "divide"), (torch.zeros(3, 8, 8, dtype=torch.int64), "uint8"),
+     (torch.zeros(3, 0, 8, dtype=torch.uint8), "pass"), (torch.zeros(3, 8, 8, dtype=torch.bool), "uint8")],
+    ids=lambda value: str(tuple(value.shape)) if isinstance(value, torch.Tensor) else None,
+)  # fmt: skip
+def test_tensors_that_are_no_images_are_refused(captioner: Captioner, tensor: torch.Tensor, remedy: str) -> None:
+    with pytest.raises(CapGenError) as error:
+        captioner.caption(tensor)
+    assert remedy in error.value.remedy
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 def test_the_batch_size_changes_nothing(captioner: Captioner, batch_size: int) -> None:
     texts = [c.text for c in captioner.caption(PATHS, batch_size=batch_size)]

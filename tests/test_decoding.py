@@ -12,7 +12,6 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from capgen_utils import decoding
 from capgen_utils.compat import import_torchvision
 from capgen_utils.config import DecodingConfig
 from capgen_utils.decoding import (
@@ -38,6 +37,7 @@ from capgen_utils.logits import (
     uniform_numbers,
 )
 from capgen_utils.models.base import KeyValues, SharedState
+from capgen_utils.options import _BOUNDS
 
 START, END, A, B, C = range(5)
 SPECIALS = Specials(START, END, (START,))
@@ -826,4 +826,4 @@ def test_every_way_has_words_and_every_value_bounds() -> None:
     assert len(set(said)) == len(said)
     assert said[0] == "greedy" and said[1] == "beam 3, length penalty 1"
     assert describe(DecodingConfig(temperature=1.5, top_p=0.8)) == "drawn at temperature 1.5, top-p 0.8, seed 0"
-    assert set(decoding._BOUNDS) == set(asdict(DecodingConfig()))
+    assert set(_BOUNDS) == set(asdict(DecodingConfig()))

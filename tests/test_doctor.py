@@ -116,7 +116,7 @@ def test_missing_and_old_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_requirements_are_read_from_the_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert any(line.startswith("torch>=") for line in doctor.requirement_lines())
     (tmp_path / "requirements.txt").write_text("# a comment\n\ntorch>=2.4  # why\n")
-    monkeypatch.setattr(doctor, "REPOSITORY", tmp_path)
+    monkeypatch.setattr("capgen_utils.machine.REPOSITORY", tmp_path)
     assert doctor.requirement_lines() == ["torch>=2.4"]
 
 

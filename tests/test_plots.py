@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from capgen_utils import plots
+from capgen_utils.attention import Choice
 from capgen_utils.encoders import Preprocessing
 from capgen_utils.files import CapGenError
 
@@ -130,6 +131,56 @@ def test_similarity_is_the_cosine() -> None:
     assert any(ax.get_ylabel() == "cosine similarity" for ax in figure.axes)
 
 
+def test_intervals_are_drawn_around_values_beside_chance() -> None:
+    rows = {"ours": {"A": (0.5, 0.4, 0.7), "B": (2.0, 1.0, 3.0)}, "theirs": {"A": (0.2, 0.1, 0.3)}}
+    figure = plots.interval_bars(rows, xlabel="score", chance={"A": 0.25})
+    left, right = figure.axes
+    assert labelled_x(figure) == ["score (dashed: chance 0.25)", "score"]
+    assert [ax.get_title() for ax in figure.axes] == ["A", "B"]
+    assert [text.get_text() for text in left.texts] == ["0.50", "0.20"] and len(right.texts) == 1, "a row may lack one"
+    ends = [segment[:, 0].tolist() for segment in left.collections[0].get_segments()]
+    assert ends == [pytest.approx([0.4, 0.7]), pytest.approx([0.1, 0.3])]
+    assert [line.get_xdata()[0] for line in left.get_lines() if line.get_linestyle() == "--"] == [0.25]
+    assert not any(line.get_linestyle() == "--" for line in right.get_lines())
+
+
+def labelled_x(figure: Figure) -> list[str]:
+    return [ax.get_xlabel() for ax in figure.axes]
+
+
+def test_the_best_captions_stand_above_the_worst() -> None:
+    figure = plots.best_and_worst([RED] * 7, [f"caption {i}" for i in range(7)], [3, 9, 1, 5, 0, 8, 2], count=2)
+    titles = [ax.get_title().replace("\n", " ") for ax in figure.axes]
+    assert titles == ["score 9: caption 1", "score 8: caption 5", "score 1: caption 2", "score 0: caption 4"]
+    three = plots.best_and_worst([RED] * 3, list("abc"), [1, 2, 3], count=5, name="CIDEr-D")
+    assert sorted(ax.get_title()[-1] for ax in three.axes if ax.get_title()) == ["a", "b", "c"], "none comes twice"
+    with pytest.raises(CapGenError, match="do not belong together"):
+        plots.best_and_worst([RED], ["a", "b"], [1])
+
+
+def test_images_and_captions_that_say_the_same_lie_together_on_the_map() -> None:
+    vectors = np.array([[4.0, 0, 0], [-4, 0, 0], [0, 3, 0], [0, -3, 0]])
+    gap = np.array([0, 0, 9.0])  # as in CLIP, texts lie apart from images as a whole
+    figure = plots.embedding_map(vectors, vectors + gap, [RED] * 4, list("abcd"))
+    (ax,) = figure.axes
+    images, words = (np.asarray(part.get_offsets()) for part in ax.collections)
+    np.testing.assert_allclose(images, words, atol=1e-9)
+    assert sorted(map(abs, images[:, 0])) == pytest.approx([0, 0, 4, 4]), "most variance first"
+    assert "64%" in ax.get_xlabel() and "36%" in ax.get_ylabel()
+    with pytest.raises(CapGenError, match="three images"):
+        plots.embedding_map(vectors[:2], vectors, [RED] * 2, list("abcd"))
+
+
+def test_the_fit_of_captions_has_a_row_a_caption_and_a_column_an_image() -> None:
+    figure = plots.caption_similarity([[0.9, 0.1, 0.2], [0.3, 0.8, 0.4]], [RED, RED], ["one", "two", "three"])
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["one", "two", "three"]
+    placed = {tuple(map(int, text.get_position())): text.get_text() for text in ax.texts}
+    assert placed == {(0, 0): "0.90", (0, 1): "0.10", (0, 2): "0.20", (1, 0): "0.30", (1, 1): "0.80", (1, 2): "0.40"}
+    with pytest.raises(CapGenError, match="do not belong"):
+        plots.caption_similarity([[0.9]], [RED, RED], ["one"])
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -163,32 +214,58 @@ def test_the_grid_of_a_cropped_image_covers_its_middle_only() -> None:
     assert not light[:, :100].any() and not light[:, 200:].any()
 
 
-def test_the_spotlight_lights_what_is_attended_and_dims_the_rest() -> None:
-    white = Image.new("RGB", (70, 140), "white")
-    shown = plots.spotlight(white, peak(2, 4))
-    assert shown.shape == (140, 70, 3) and shown.dtype == np.uint8
-    assert shown[50, 45].min() > 240
-    assert shown[120, 10].max() < 90
+def test_attention_is_laid_over_the_grey_photograph_and_grows_brighter() -> None:
+    shown = plots.overlay(Image.new("RGB", (70, 140), "white"), peak(2, 4)).astype(int)
+    assert shown.shape == (140, 70, 3) and plots.overlay(RED, peak(0, 0)).dtype == np.uint8
+    bright, dark = shown[50, 45], shown[120, 10]  # the middle of the cell, and a place far from it
+    assert np.ptp(dark) < 12, "nearly grey where nothing is looked at"
+    assert np.ptp(bright) > 60 and bright.sum() > dark.sum() + 100
+    coloured = np.ptp(plots.overlay(PHOTO, np.zeros(49)).astype(int), axis=2)
+    assert coloured.max() < 12, "a photograph that is not looked at has no colours"
 
 
-def test_uniform_attention_leaves_the_photograph_as_it_is() -> None:
-    assert np.array_equal(plots.spotlight(RED, np.full(49, 1 / 49)), np.asarray(RED))
-    plots.attention_panel(RED, ["a"], np.full((1, 49), 1 / 49)).draw_without_rendering()  # no level to draw a line at
+def test_what_a_crop_has_cut_off_is_faded() -> None:
+    shown = plots.overlay(Image.new("RGB", (300, 100), "black"), peak(3, 3), Preprocessing(resize="crop"))
+    assert shown[:, :100].min() > 150 and shown[:, 200:].min() > 150 and shown[0, 100:200].max() < 60
+
+
+def test_one_scale_serves_all_words() -> None:
+    figure = plots.attention_panel(RED, ["a", "b"], np.stack([peak(3, 3), (peak(3, 3) + 1) / 50]))
+    first, second = (ax.get_images()[0].get_array().astype(int) for ax in figure.axes[1:3])
+    assert first[32, 32].sum() > second[32, 32].sum() + 100, "the second map is nearly even, and looks it"
+    (bar,) = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
+    assert "1 = even" in bar.get_ylabel() and bar.get_ylim()[1] == pytest.approx(plots.scale_top(49 * np.stack(
+        [peak(3, 3), (peak(3, 3) + 1) / 50])))  # fmt: skip
+    assert plots.scale_top(np.ones((3, 49))) == 1.5, "even maps are not blown up to look like something"
+
+
+def test_uniform_attention_draws_no_pattern() -> None:
+    shown = plots.overlay(RED, np.full(49, 1 / 49))
+    assert len(np.unique(shown.reshape(-1, 3), axis=0)) == 1
+    plots.attention_panel(RED, ["a"], np.full((1, 49), 1 / 49)).draw_without_rendering()
 
 
 def test_the_panel_has_the_image_and_one_picture_a_word_in_order() -> None:
     words = ["a", "red", "circle"]
-    weights = np.stack([peak(0, 0), peak(3, 3), peak(6, 6)])
-    figure = plots.attention_panel(PHOTO, words, weights, columns=3)
-    titles = [ax.get_title() for ax in figure.axes]
-    assert titles == ["the image", *words, "", ""]
-    lit = [ax.get_images()[0].get_array() for ax in figure.axes[1:4]]
+    cells = [(0, 0), (3, 3), (6, 6)]
+    figure = plots.attention_panel(PHOTO, words, np.stack([peak(*cell) for cell in cells]), columns=3)
+    axes = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+    assert [ax.get_title() for ax in axes] == ["the image", *words, "", ""]
+    lit = [ax.get_images()[0].get_array().astype(float) for ax in axes[1:4]]
     height, width = lit[0].shape[:2]
-    ground = np.asarray(Image.open(PHOTO), dtype=float)
-    for (row, column), picture in zip([(0, 0), (3, 3), (6, 6)], lit, strict=True):
+    for number, (row, column) in enumerate(cells):
         y, x = int((row + 0.5) * height / 7), int((column + 0.5) * width / 7)
-        ratios = [np.asarray(p, dtype=float)[y, x].sum() / max(1, ground[y, x].sum()) for p in lit]
-        assert max(ratios) == np.asarray(picture, dtype=float)[y, x].sum() / max(1, ground[y, x].sum())
+        assert int(np.argmax([np.ptp(picture[y, x]) for picture in lit])) == number, "coloured where it looked"
+
+
+def test_a_step_shows_the_map_and_the_next_words() -> None:
+    likely = [Choice("dog", 0.6, False), Choice("cat", 0.3, True), Choice("(end)", 0.1, False)]
+    left, right, *_ = plots.attention_step(RED, peak(3, 3), 10, likely, "cat").axes
+    assert left.get_title() == "cat"
+    assert [label.get_text() for label in right.get_yticklabels()] == ["dog", "cat", "(end)"]
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([60, 30, 10])
+    said, other = right.patches[1].get_facecolor(), right.patches[0].get_facecolor()
+    assert said != other and right.get_xlabel()
 
 
 def test_heads_are_averaged() -> None:
@@ -206,8 +283,11 @@ def test_words_and_weights_must_match() -> None:
 def test_layers_are_rows_and_words_are_columns() -> None:
     weights = np.stack([peak(0, 0), peak(1, 1)])
     figure = plots.attention_layers(RED, ["a", "star"], {"layer0": weights, "layer1": weights[:, None]})
-    assert [ax.get_title() for ax in figure.axes] == ["a", "star", "", ""]
-    assert [ax.get_ylabel() for ax in figure.axes] == ["layer0", "", "layer1", ""]
+    axes = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+    assert [ax.get_title() for ax in axes] == ["a", "star", "", ""]
+    assert [ax.get_ylabel() for ax in axes] == ["layer0", "", "layer1", ""]
+    with pytest.raises(CapGenError, match="2 words"):
+        plots.attention_layers(RED, ["a", "star"], {"layer0": weights[:1]})
 
 
 # --- showing --------------------------------------------------------------------------------------------------------
@@ -225,7 +305,7 @@ def test_a_figure_is_displayed_with_its_text_and_photographs_take_little_space()
 
 def test_the_source_that_is_shown_is_the_source_that_runs() -> None:
     shown = plots.show_source(Preprocessing.__call__).data
-    assert shown.startswith("`capgen_utils.encoders`")
+    assert shown.startswith("`capgen_utils.preprocessing`")
     assert "```python\ndef __call__(self" in shown and shown.endswith("```")
 
 

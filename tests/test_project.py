@@ -25,13 +25,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Ground floor first. A module imports from lower floors and from what stands to its left on its own.
 FLOORS = [
     ["compat", "files", "tensors", "machine", "config", "presets"],
-    ["hub", "images", "treebank", "text", "twins", "bpe_files", "bpe", "scenes", "shapes", "datasets", "metrics"]
-    + ["baselines"],
-    ["encoders", "dual_encoder", "features", "logits", "decoding"],
+    ["hub", "images", "preprocessing", "treebank", "text", "twins", "bpe_files", "bpe", "options", "captions"]
+    + ["scenes", "shapes", "datasets", "metrics", "baselines"],
+    ["encoders", "dual_encoder", "features", "logits", "numpy_decoding", "decoding"],
     ["models"],
     ["checkpoint", "facts", "batches", "training", "pretraining", "contrastive", "language", "recipes"],
-    ["rerank", "captioner", "bulk", "attention", "scoring", "cost", "results", "grounding", "leaderboard"],
-    ["plots", "widgets", "service", "doctor", "course", "arguments", "captioning", "cli"],
+    ["rerank", "captioner", "onnx_captioner", "onnx_export", "model_card", "bulk", "attention", "scoring", "cost"]
+    + ["results", "grounding", "leaderboard"],
+    ["plots", "widgets", "service", "doctor", "bootstrap", "course", "stamping"]
+    + ["arguments", "captioning", "exporting", "serving", "cli"],
 ]
 PLACES = {name: (floor, place) for floor, row in enumerate(FLOORS) for place, name in enumerate(row)}
 
@@ -39,7 +41,7 @@ MAX_LINES = 40  # of a function, without its docstring
 TEXT_SUFFIXES = {"", ".cfg", ".ipynb", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|mnt|opt|srv|work)/[\w./-]+")
 # Files that may hold a path of that kind: file -> why. Paths inside a container are no one's machine.
-PATHS_ALLOWED: dict[str, str] = {}
+PATHS_ALLOWED: dict[str, str] = {"Dockerfile": "inside the image"}
 PICKLING = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve"}
 
 

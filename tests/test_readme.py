@@ -101,3 +101,31 @@ def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"`?make ([a-z]+)\b", README)) - {"and"}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_twelve_errors_are_ones_that_occur() -> None:
+    """Each message stands in the sources, but for those of other programs."""
+    table = README.split("## Troubleshooting")[1].split("## Limits")[0]
+    shown = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    assert len(shown) == 12
+    paths = [ROOT / "Makefile", *(ROOT / "capgen_utils").rglob("*.py")]
+    sources = re.sub(r"\{[^{}]*\}", "…", "\n".join(path.read_text(encoding="utf-8") for path in paths))
+    others = {"operator torchvision::nms does not exist", "no kernel image is available"}
+    examples = {
+        "resnet50": "…",
+        "openai/clip-…": "…",
+        "nan at": "… at",
+        "cannot write …: No space left on device": "cannot … …: …",
+    }
+    for message in (one for line in shown for one in re.findall(r"`([^`]+)`", line) if one not in others):
+        for example, general in examples.items():
+            message = message.replace(example, general)
+        assert message.strip("… ").removesuffix(":") in sources, message
+
+
+def test_it_says_how_to_cite_and_what_may_be_done_with_what() -> None:
+    last = README.split("## Licence and citation")[1]
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version and f"version {version[1]}" in last and "@software{" in last
+    for what in ("MIT", "Apache-2.0", "CC0", "Flickr8k", "EfficientNet-Lite0"):
+        assert what in last

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import CPU, ROOT, tiny_encoder, tiny_manifest, tiny_trainer
-from results_rules import SCORES, prediction_problems, problems
+from results_rules import SCORES, attention_problems, prediction_problems, problems
 
 from capgen_utils.checkpoint import load_bundle
 from capgen_utils.config import DecodingConfig
@@ -215,3 +215,23 @@ def test_results_in_the_repository_are_complete(path: Path) -> None:
         assert len(predictions) == result["protocol"]["images"]
         assert diversity(predictions)["distinct"] == result["scores"]["distinct"], "captions and scores belong together"
         assert result["people"], "people have captioned these images more than once"
+    if isinstance(result, dict) and result.get("kind") == "attention":
+        assert attention_problems(result) == []
+        assert "+" not in result["protocol"]["revision"], "made from code that was not committed"
+        assert path.stem == f"{result['protocol']['dataset']}_{result['model']}_attention"
+        assert "pointing" in result or result["protocol"]["dataset"] != "shapes", "the places of things are known"
+
+
+def test_the_rules_for_attention_see_what_they_should() -> None:
+    paths = [path for path in RESULTS if path.name.endswith("_attention.json")]
+    result = json.loads(paths[0].read_text(encoding="utf-8"))
+    assert attention_problems(result) == []
+    choice = next(iter(result["deletion"]))
+    result["deletion"][choice]["over patch"]["more"] = 2
+    del result["protocol"]["share"]
+    result["model"] = ""
+    result["training"] = {"run": "/" + "home/me/runs/a"}
+    problems_found = " ".join(attention_problems(result))
+    for part in ("protocol lacks share", "lacks model", "outside its interval", "holds the path"):
+        assert part in problems_found
+    assert len(attention_problems({})) > 20

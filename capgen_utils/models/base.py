@@ -196,6 +196,10 @@ class KeyValues:
         read = block[:, : self.length].transpose(1, 3)  # (M, heads, 2, T, width)
         return read[:, :, 0], read[:, :, 1]
 
+    def at_first(self, first: Tensor, later: Tensor) -> Tensor:
+        """Return ``first`` where the newest token is the first one, else ``later``; both of the same shape."""
+        return first if self.length == 1 else later
+
     def select(self, rows: Tensor | None) -> "KeyValues":
         """Return the cache of hypotheses ``rows`` (M',), or a copy of all, with room again."""
         blocks, length = [], self.length

@@ -232,8 +232,7 @@ class ClipPrefixCaptioner(CaptionModel):
         """One position, earlier keys and values cached; see ``CaptionModel.step``. One image token: no weights."""
         cache, tower = state.cache[0].longer(), state.cache[1:]
         x, tower_cache = self.embed(tokens[:, None], tower)
-        if cache.length == 1:
-            x = state.memory.prefix[state.image, None]
+        x = cache.at_first(state.memory.prefix[state.image, None], x)  # the start token's place is taken
         x = x + self.position[cache.length - 1]  # (M, 1, d_model)
         for i, layer in enumerate(self.decoder_layers()):
             query, key, value = layer.project_self(x)

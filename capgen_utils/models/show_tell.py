@@ -80,7 +80,7 @@ class ShowTellCaptioner(CaptionModel):
         """Features (B, N, D) or (B, D) -> the LSTM's state after the image."""
         x = self.image_norm(self.image_projection(features))
         x = x + self.image_position if self.config.image == "sequence" else x[:, None]  # (B, N, embed)
-        empty = x.new_zeros(self.config.num_layers, len(x), self.config.hidden_size)
+        empty = x.new_zeros(self.config.num_layers, x.shape[0], self.config.hidden_size)
         _, hidden, cell = self._read(x, empty, empty)
         return ShowTellMemory(hidden.transpose(0, 1), cell.transpose(0, 1))
 
