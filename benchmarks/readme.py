@@ -70,6 +70,27 @@ def cost() -> str:
     return cost_table(results())
 
 
+def reranking() -> str:
+    """What CLIP's choice among candidates does to the scores, and what a CLIP thinks of it that had no part in it."""
+    from capgen_utils.leaderboard import table
+
+    def moved(chosen: Mapping[str, Any], scores: Mapping[str, Any], key: str, times: int = 1, unit: str = "") -> str:
+        before = chosen["scores without"] | {"CLIPScore": chosen.get("CLIPScore without")}
+        after = scores | {"CLIPScore": chosen.get("CLIPScore")}
+        return f"{times * before[key]:.1f} → {times * after[key]:.1f}{unit}" if before.get(key) is not None else "-"
+
+    rows = [
+        [result["protocol"]["dataset"], f"`{result['model']}`", chosen["candidates"],
+         f"{100 * chosen['changed']:.0f} %",
+         *(moved(chosen, result["scores"], key) for key in ("BLEU-4", "CIDEr-D", "CLIPScore")),
+         f"{chosen['CLIPScore of a human caption']:.1f}" if "CLIPScore" in chosen else "-",
+         moved(chosen, result["scores"], "true", 100, " %")]
+        for result in results().values() for chosen in [result.get("reranking") or {}] if "scores without" in chosen
+    ]  # fmt: skip
+    head = ["dataset", "captioner", "candidates", "changed", "BLEU-4", "CIDEr-D", "judge's CLIPScore"]
+    return table([*head, "of a human caption", "true"], rows)
+
+
 def attention() -> str:
     """Whether attention is where the thing is, and whether it matters: pointing game and deletion test."""
     from capgen_utils.leaderboard import table
@@ -224,6 +245,7 @@ FIGURES = {
     "shapes": shapes,
     "cost": cost,
     "speed": speed,
+    "reranking": reranking,
     "attention": attention,
 }
 

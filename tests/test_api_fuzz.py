@@ -43,24 +43,33 @@ def test_no_request_that_the_document_allows_or_forbids_is_answered_against_it(s
     made = GenerationMode.POSITIVE if mode == "positive" else GenerationMode.NEGATIVE
     operations = [operation.ok() for operation in schema.get_all_operations()]
     assert {operation.path for operation in operations} >= {"/v1/captions", "/v1/models", "/healthz", "/readyz"}
-    seen = set()
+    seen: list[tuple[str, int]] = []
 
-    def fuzz(operation: Any) -> None:
-        @seed(20260101)
+    def fuzz(operation: Any, number: int, examples: int) -> None:
+        @seed(number)
         @settings(
-            max_examples=60 if operation.method.upper() == "POST" else 5, deadline=None, database=None,
-            phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
+            max_examples=examples, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(case=operation.as_strategy(generation_mode=made))
         def run(case: Any) -> None:
             response = case.call(session=None)
-            seen.add((operation.path, response.status_code))
+            seen.append((operation.path, response.status_code))
             case.validate_response(response, checks=asked)
 
-        run()
+        try:
+            run()
+        except ValueError as error:
+            # Schemathesis cannot judge some of the wrong files that it makes up itself; all before them were answered.
+            if "Unsupported type: 'Binary'" not in str(error):
+                raise
 
     for operation in operations:
-        if mode == "positive" or operation.method.upper() == "POST":  # the others take nothing that could be wrong
-            fuzz(operation)
+        if operation.method.upper() == "POST":
+            for number in range(20260101, 20260107):
+                fuzz(operation, number, 10)
+        elif mode == "positive":  # these take nothing that could be wrong
+            fuzz(operation, 20260101, 5)
+    assert sum(path == "/v1/captions" for path, _ in seen) >= 20
     assert any(path == "/v1/captions" and status in (400, 415, 422) for path, status in seen)
     assert service.get("/readyz").status_code == 200
