@@ -192,9 +192,10 @@ class KeyValues:
     def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest token's (M, heads, 1, width) and return those of all T: (M, heads, T, width)."""
         block = self.blocks[layer]
-        block[:, self.length - 1, 0], block[:, self.length - 1, 1] = key[:, :, 0].detach(), value[:, :, 0].detach()
-        read = block[:, : self.length].transpose(1, 3)  # (M, heads, 2, T, width)
-        return read[:, :, 0], read[:, :, 1]
+        newest = block[:, self.length - 1]  # (M, 2, heads, width)
+        newest[:, 0], newest[:, 1] = key[:, :, 0].detach(), value[:, :, 0].detach()
+        keys, values = block[:, : self.length].transpose(1, 3).unbind(2)  # of (M, heads, 2, T, width)
+        return keys, values
 
     def at_first(self, first: Tensor, later: Tensor) -> Tensor:
         """Return ``first`` where the newest token is the first one, else ``later``; both of the same shape."""

@@ -28,6 +28,14 @@ def gpt2_config(config: ClipGpt2Config, vocabulary_size: int, **more: Any) -> An
     return GPT2Config(vocab_size=vocabulary_size, **fields)
 
 
+def project(layer: Any, x: Tensor) -> Tensor:
+    """Apply one of GPT-2's ``Conv1D`` layers: (..., in) -> (..., out).
+
+    A module's call and the look-ups in it take a tenth of the time of a small product; decoding makes thousands.
+    """
+    return torch.addmm(layer.bias, x.flatten(0, -2), layer.weight).view(*x.shape[:-1], -1)
+
+
 class Gpt2Decoder(CaptionModel):
     """GPT-2 as the language half of a captioner; on its own it ignores the image.
 
@@ -42,6 +50,8 @@ class Gpt2Decoder(CaptionModel):
     Raises:
         CapGenError: sizes that do not fit together.
     """
+
+    looks = False  # at the image
 
     def __init__(self, config: ClipGpt2Config, vocabulary_size: int, unk_id: int) -> None:
         super().__init__()
@@ -58,8 +68,8 @@ class Gpt2Decoder(CaptionModel):
 
         self.config, self.unk_id = config, unk_id
         self.gpt2: Any = GPT2Model(settings)
-        blocks: Any = self.gpt2.h
-        for block in blocks:  # older releases keep causal masks, which nothing here reads
+        self._blocks: tuple[Any, ...] = tuple(self.gpt2.h)  # looking them up by number takes as long as a small product
+        for block in self._blocks:  # older releases keep causal masks, which nothing here reads
             block.attn._buffers.clear()
 
     def embed(self, tokens: Tensor, first: int = 0) -> Tensor:
@@ -69,17 +79,18 @@ class Gpt2Decoder(CaptionModel):
 
     def project_self(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of layer i's self-attention: (M, T, n_embd) -> three (M, heads, T, width)."""
-        block = self.gpt2.h[i]
-        query, key, value = block.attn.c_attn(block.ln_1(x)).chunk(3, dim=-1)
-        return self.split_heads(query), self.split_heads(key), self.split_heads(value)
+        block = self._blocks[i]
+        together = project(block.attn.c_attn, block.ln_1(x)).unflatten(-1, (3, self.config.n_head, -1))
+        query, key, value = together.permute(2, 0, 3, 1, 4).unbind()
+        return query, key, value
 
     def add_self(self, i: int, x: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
         """Add layer i's self-attention to ``x`` (M, T, n_embd)."""
         attended = attend(query, key, value, causal).transpose(1, 2).flatten(2)
-        return x + dropout(self.gpt2.h[i].attn.c_proj(attended), self.config.dropout, self.training)
+        return x + dropout(project(self._blocks[i].attn.c_proj, attended), self.config.dropout, self.training)
 
     def add_image(
-        self, i: int, x: Tensor, memory: Any, grouping: Grouping, attention: bool = False
+        self, i: int, x: Tensor, memory: Any, grouping: Grouping | None, attention: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Add what layer i reads from the image to ``x`` (M, T, n_embd): here nothing.
 
@@ -90,9 +101,9 @@ class Gpt2Decoder(CaptionModel):
 
     def add_feed(self, i: int, x: Tensor) -> Tensor:
         """Add layer i's MLP to ``x`` (M, T, n_embd)."""
-        block = self.gpt2.h[i]
-        hidden = F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh")
-        return x + dropout(block.mlp.c_proj(hidden), self.config.dropout, self.training)
+        block = self._blocks[i]
+        hidden = F.gelu(project(block.mlp.c_fc, block.ln_2(x)), approximate="tanh")
+        return x + dropout(project(block.mlp.c_proj, hidden), self.config.dropout, self.training)
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., n_embd) -> (..., V): the final norm, then the token embedding as the output matrix."""
@@ -132,12 +143,13 @@ class Gpt2Decoder(CaptionModel):
         """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
         cache = state.cache[0].longer()
         x = self.embed(tokens[:, None], cache.length - 1)  # (M, 1, n_embd)
+        grouping = state.grouping if self.looks else None
         weights = {}
         for i in range(self.config.n_layer):
             query, key, value = self.project_self(i, x)
             keys, values = cache.put(i, key, value)
             x = self.add_self(i, x, query, keys, values, causal=False)
-            x, looked = self.add_image(i, x, state.memory, state.grouping, attention)
+            x, looked = self.add_image(i, x, state.memory, grouping, attention)
             x = self.add_feed(i, x)
             if looked is not None:
                 weights[f"layer{i}"] = looked[:, :, 0]
@@ -185,6 +197,7 @@ class ClipGpt2Captioner(Gpt2Decoder):
     name = "clip_gpt2"
     feature = "grid"
     chunks = 2
+    looks = True
 
     def __init__(
         self, config: ClipGpt2Config, vocabulary_size: int, feature_shape: tuple[int, ...], unk_id: int
@@ -226,7 +239,7 @@ class ClipGpt2Captioner(Gpt2Decoder):
         return TransformerMemory(keys, values)
 
     def add_image(
-        self, i: int, x: Tensor, memory: TransformerMemory, grouping: Grouping, attention: bool = False
+        self, i: int, x: Tensor, memory: TransformerMemory, grouping: Any, attention: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Add layer i's attention over the image; see ``Gpt2Decoder.add_image``."""
         cross: Any = self.cross[i]

@@ -15,7 +15,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, causal: bool = False) ->
     On a CPU it runs in fp32 also under autocast: a captioner's heads are so small that the bf16 kernels take
     several times as long there.
     """
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return F.scaled_dot_product_attention(query, keys, values, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(query.float(), keys.float(), values.float(), is_causal=causal)
@@ -54,8 +54,10 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     torch draws one random number an element, on one core, which can take a third of a training step on a CPU.
     There, eight elements share the bytes of one 64-bit number instead; the probability is rounded to 1/256.
     """
-    if not training or not probability or x.device.type != "cpu":
-        return F.dropout(x, probability, training)
+    if not training or not probability:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, probability)
     dropped = min(255, max(1, round(probability * 256)))
     numbers = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     keep = numbers.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
