@@ -43,6 +43,13 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder")
 
 
+def add_fp32_option(parser: argparse.ArgumentParser) -> None:
+    """Declare what features are computed in."""
+    parser.add_argument(
+        "--fp32", action="store_true", help="compute features in fp32, as exported captioners do (default: as trained)"
+    )
+
+
 _DECODING_OPTIONS: dict[str, tuple[type, str, str]] = {
     "beam": (int, "N", "hypotheses kept; 1 is greedy search"),
     "max_length": (int, "N", "longest caption in tokens"),

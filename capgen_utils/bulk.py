@@ -288,6 +288,7 @@ def settings_of(
         "format": style.format,
         "candidates": style.candidates,
         "bundle": captioner.folder and _contents(captioner.folder),
+        "features": captioner.features_dtype,
         "decoding": asdict(check_decoding(decoding, captioner.longest)),
         "reranking": chosen,
     }

@@ -79,6 +79,7 @@ class Captioner:
         device: str = "auto",
         encoder_weights: Path | None = None,
         scorer: str | Path | None = None,
+        fp32: bool = False,
     ) -> "Captioner":
         """Load a bundle and its encoder.
 
@@ -87,11 +88,15 @@ class Captioner:
             device: ``auto``, ``cpu``, ``cuda``, ``mps``.
             encoder_weights: a local weights file of the encoder, where its own cannot be downloaded.
             scorer: folder of a CLIP that can choose among captions; by default the bundle's own, where it has one.
+            fp32: compute features in fp32, as an exported captioner does, and not in the dtype that those of training
+                were computed in; a caption in many differs.
 
         Raises:
             CapGenError: the bundle, the encoder's weights or the scorer cannot be loaded; says what to do.
         """
         bundle = load_bundle(Path(path) if path is not None else DEFAULT_BUNDLE)
+        if fp32:
+            bundle.info["extraction_dtype"] = "float32"
         given = require_scorer(bundle, Path(scorer), encoder_weights) if scorer is not None else None
         return cls(bundle, bundle.build_encoder(encoder_weights), choose_device(device), given, encoder_weights)
 
@@ -104,6 +109,11 @@ class Captioner:
     def longest(self) -> int:
         """Tokens that a caption can have, its end token included."""
         return longest_caption(self.model)
+
+    @property
+    def features_dtype(self) -> str:
+        """What the encoder computes in: ``float32``, ``bfloat16`` or ``float16``."""
+        return str(self.bundle.info["extraction_dtype"])
 
     @property
     def folder(self) -> Path | None:

@@ -13,6 +13,7 @@ from capgen_utils.arguments import (
     add_bundle_options,
     add_command,
     add_decoding_options,
+    add_fp32_option,
     add_reranking_options,
     decoding_options,
 )
@@ -31,6 +32,7 @@ def add_caption(commands: Any) -> None:
         help="image files, folders with all that is in them, or - for a list of paths on stdin",
     )  # fmt: skip
     add_bundle_options(parser)
+    add_fp32_option(parser)
     parser.add_argument(
         "--onnx",
         type=Path,
@@ -91,7 +93,8 @@ def _load(options: argparse.Namespace) -> Any:
         return OnnxCaptioner.from_folder(options.onnx)
     from capgen_utils.captioner import Captioner
 
-    return Captioner.from_bundle(options.bundle, options.device, options.encoder_weights, options.scorer)
+    weights, scorer = options.encoder_weights, options.scorer
+    return Captioner.from_bundle(options.bundle, options.device, weights, scorer, options.fp32)
 
 
 def _check(options: argparse.Namespace) -> None:

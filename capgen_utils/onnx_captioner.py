@@ -62,6 +62,8 @@ class OnnxCaptioner:
     >>> captioner.caption("data/photos/cat_on_deck.jpg")[0].text  # doctest: +SKIP
     """
 
+    features_dtype = "float32"  # what its encoder computes in
+
     def __init__(self, info: ExportInfo, tokenizer: Tokenizer, sessions: Mapping[str, Any], folder: Path) -> None:
         self.info, self.tokenizer, self.sessions, self.folder = info, tokenizer, dict(sessions), folder
         self.specials = Specials.of(tokenizer)

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from capgen_utils.arguments import INTERRUPTED, add_command, add_weights_option
+from capgen_utils.arguments import INTERRUPTED, add_command, add_fp32_option, add_weights_option
 from capgen_utils.files import CapGenError
 
 KEY_VARIABLE = "CAPGEN_API_KEY"
@@ -22,6 +22,7 @@ def add_serve(commands: Any) -> None:
         help="a trained captioner; several can be served, the first one is the default (default: the one that ships)",
     )  # fmt: skip
     add_weights_option(parser)
+    add_fp32_option(parser)
     parser.add_argument("--scorer", type=Path, metavar="FOLDER", help="a CLIP that chooses captions (default: its own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all of this machine's")
@@ -59,7 +60,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     limits, protection = _limits(options), _protection(options)
     served = [
-        Served.load(name, folder, options.device, options.encoder_weights, options.scorer)
+        Served.load(name, folder, options.device, options.encoder_weights, options.scorer, options.fp32)
         for name, folder in _named(options.bundle)
     ]
     warnings.filterwarnings("ignore", module="PIL")  # about uploads, which are not logged

@@ -102,6 +102,21 @@ def test_a_run_that_was_killed_goes_on(bundle: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
+def test_features_in_fp32_are_asked_for_and_remembered(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, paths: list[Path]
+) -> None:
+    shutil.copytree(bundle, tmp_path / "bf16")
+    info = json.loads((bundle / "config.json").read_text()) | {"extraction_dtype": "bfloat16"}
+    (tmp_path / "bf16" / "config.json").write_text(json.dumps(info))
+    asked = (*paths[:3], "--format", "jsonl", "--bundle")
+    exact = run(capsys, *asked, bundle)
+    assert exact == run(capsys, *asked, tmp_path / "bf16", "--fp32") != run(capsys, *asked, tmp_path / "bf16")
+    output = ("--output", tmp_path / "out.jsonl")
+    assert run(capsys, *asked, tmp_path / "bf16", "--fp32", *output)[0] == 0
+    code, _, err = run(capsys, *asked, tmp_path / "bf16", *output, "--resume")
+    assert code == 2 and "settings" in err, "other features, other captions"
+
+
 def test_a_failure_is_named_and_counted(capsys: pytest.CaptureFixture[str], bundle: Path, paths: list[Path]) -> None:
     code, out, err = run(capsys, *paths[3:6], "--bundle", bundle, "--output", paths[0].parent / "out.jsonl")
     assert code == 1 and out == "" and "4.png" in err and "1 of 3" in err

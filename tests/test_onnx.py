@@ -71,8 +71,8 @@ def save_bundle_of(folder: Path, model: str) -> Path:
 def same_captions(
     bundle: Path, exported: Path, paths: list[Path], ways: list[dict[str, Any]], tolerance: float = 1e-2
 ) -> None:
-    with_torch, without = Captioner.from_bundle(bundle, "cpu"), OnnxCaptioner.from_folder(exported)
-    with_torch.bundle.info["extraction_dtype"] = "float32"
+    with_torch, without = Captioner.from_bundle(bundle, "cpu", fp32=True), OnnxCaptioner.from_folder(exported)
+    assert with_torch.features_dtype == without.features_dtype == "float32"
     for options in ways:
         expected, found = with_torch.caption(paths, **options), without.caption(paths, batch_size=4, **options)
         assert [c.text for c in found] == [c.text for c in expected], options

@@ -78,13 +78,14 @@ class Served:
         device: str = "auto",
         encoder_weights: Path | None = None,
         scorer: Path | None = None,
+        fp32: bool = False,
     ) -> "Served":
         """Load a bundle, and the CLIP that chooses where there is one.
 
         Raises:
             CapGenError: see ``Captioner.from_bundle``.
         """
-        captioner = Captioner.from_bundle(folder, device, encoder_weights, scorer)
+        captioner = Captioner.from_bundle(folder, device, encoder_weights, scorer, fp32)
         own = scorer_folder(folder or DEFAULT_BUNDLE) or captioner.bundle.info["encoder"]["name"] in CLIPS
         if scorer is not None or own:
             captioner.scorer  # noqa: B018 - loaded now: it fails before anybody waits for it
