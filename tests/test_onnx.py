@@ -59,6 +59,7 @@ def _has_packages() -> bool:
 
 def save_bundle_of(folder: Path, model: str) -> Path:
     """Write a random bundle of any captioner: on the small CNN of ``shapes``, or on a CLIP that looks through it."""
+    torch.manual_seed(0)  # also where a fixture of the whole module asks
     tokenizer, name = tiny_tokenizer(), VARIANTS.get(model, (model,))[0]
     output = feature_of(name, tiny_config(model))
     encoder = tiny_dual().images if output == "embedding" else new_shapes_cnn(32)
@@ -69,7 +70,7 @@ def save_bundle_of(folder: Path, model: str) -> Path:
 
 
 def same_captions(
-    bundle: Path, exported: Path, paths: list[Path], ways: list[dict[str, Any]], tolerance: float = 1e-2
+    bundle: Path, exported: Path, paths: list[Path], ways: list[dict[str, Any]], tolerance: float = 5e-2
 ) -> None:
     with_torch, without = Captioner.from_bundle(bundle, "cpu", fp32=True), OnnxCaptioner.from_folder(exported)
     assert with_torch.features_dtype == without.features_dtype == "float32"
@@ -80,7 +81,7 @@ def same_captions(
             assert (one.words, one.tokens, one.ended) == (other.words, other.tokens, other.ended)
             # Below the best one, captions of almost the same score may change places: features differ by roundings.
             numbers = [[(c.log_probability, c.score) for c in caption.candidates] for caption in (one, other)]
-            assert np.allclose(*numbers, rtol=1e-2, atol=1e-2)
+            assert np.allclose(*numbers, rtol=tolerance, atol=tolerance)
             assert abs(one.log_probability - other.log_probability) < tolerance
     assert len({caption.log_probability for caption in without.caption(paths)}) > 1, "it looks at the images"
 
