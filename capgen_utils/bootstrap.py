@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from capgen_utils.files import CapGenError
-from capgen_utils.machine import REPOSITORY, requirement_lines
+from capgen_utils.machine import REPOSITORY, device_name, requirement_lines
 
 KEPT = ("torch", "torchvision", "numpy")  # these come with the host; another build of them may not see its GPU
 NOT_NEEDED = ("jupyterlab", "kaggle")  # a host is a notebook server, and Flickr8k needs no account
@@ -174,19 +174,11 @@ def describe(preset: str, place: str) -> Iterator[str]:
 
     chosen, device = get_preset(preset), choose_device()
     dtype = str(choose_dtype(device)).removeprefix("torch.")
-    yield f"{place}: {device_name(device)}, {dtype}; preset {chosen.name}, encoder {chosen.encoder}"
+    yield f"{place}: {device_name(device) or 'no GPU'}, {dtype}; preset {chosen.name}, encoder {chosen.encoder}"
     if device.type == "cpu":
         yield f"WARNING: no GPU is switched on: {_GPU[place]}"
     else:
         yield from failures(device)
-
-
-def device_name(device: object) -> str:
-    """Return what a ``torch.device`` is called."""
-    import torch
-
-    kind = getattr(device, "type", str(device))
-    return torch.cuda.get_device_name() if kind == "cuda" else {"cpu": "no GPU", "mps": "Apple GPU"}.get(kind, kind)
 
 
 def failures(device: object) -> Iterator[str]:

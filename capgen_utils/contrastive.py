@@ -534,9 +534,10 @@ def pretrain_dual_encoder(
     best = ContrastiveTrainer(dual, data, recipe.training, folder.parent / f"{folder.name}-run").train()
     best.clip.half().float()  # as it is kept
     run = best.images.training_run = dict(best.images.training_run or {})
+    grid = extract(manifest, stem, "grid")
     for split in ("dev", "test"):
         if split in manifest.split_names():
-            scores = measure(best.to(choose_device()), manifest.split(split), extract(manifest, stem, "grid"))
+            scores = measure(best.to(choose_device()), manifest.split(split), grid)
             run[split] = {key: round(value, 2) for key, value in scores.items()}
             print(f"{split}: " + ", ".join(f"{key} {value:.1f}" for key, value in scores.items()))
     best.save(folder)

@@ -16,7 +16,7 @@ import torch
 from capgen_utils.compat import import_torchvision
 from capgen_utils.config import choose_device, choose_dtype, data_dir
 from capgen_utils.files import CapGenError
-from capgen_utils.machine import requirement_lines
+from capgen_utils.machine import device_name, requirement_lines
 
 MIN_PYTHON = (3, 11)
 MIN_FREE = 3_000_000_000  # bytes: Flickr8k unpacked, its archive and its features
@@ -159,7 +159,7 @@ def _torchvision() -> Iterable[Finding]:
 
 def _device() -> Iterable[Finding]:
     device = choose_device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else {"mps": "Apple GPU"}.get(device.type, "")
+    name = device_name(device)
     label = f"{device.type} ({name})" if name else device.type
     try:
         dtype = choose_dtype(device)

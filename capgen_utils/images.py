@@ -54,16 +54,11 @@ def open_image(source: ImageLike) -> Image.Image:
             raise CapGenError(f"{path} is not a file", "name an image file")
         if status.st_size > MAX_BYTES:
             raise CapGenError(f"{path} is larger than {MAX_BYTES // 10**6} MB", "save it smaller first")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            with Image.open(path, formats=FORMATS) as image:
-                return _to_rgb(image, str(path))
+        return _decode(path, str(path))
     except CapGenError:
         raise
     except FileNotFoundError as error:
         raise CapGenError(f"there is no file {path}", "check the path") from error
-    except Image.DecompressionBombError as error:
-        raise CapGenError(f"{path} has too many pixels ({error})", _TOO_LARGE) from error
     except Exception as error:  # Pillow's parsers raise many kinds on damaged input
         raise CapGenError(f"{path} cannot be read as an image ({error})", _remedy(path)) from error
 
@@ -78,18 +73,23 @@ def open_bytes(content: bytes | bytearray | memoryview, name: str = "the upload"
         size = "is empty" if not len(content) else f"is larger than {MAX_BYTES // 10**6} MB"
         raise CapGenError(f"{name} {size}", "choose a photograph, saved smaller if need be")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return _to_rgb(image, name)
+        return _decode(io.BytesIO(content), name)
     except CapGenError:
         raise
-    except Image.DecompressionBombError as error:
-        raise CapGenError(f"{name} has too many pixels ({error})", _TOO_LARGE) from error
     except UnidentifiedImageError as error:  # its message names an object in memory
         raise CapGenError(f"{name} is not an image", _NOT_AN_IMAGE) from error
     except Exception as error:
         raise CapGenError(f"{name} cannot be read as an image ({error})", _NOT_AN_IMAGE) from error
+
+
+def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            with Image.open(source, formats=FORMATS) as image:
+                return _to_rgb(image, name)
+    except Image.DecompressionBombError as error:
+        raise CapGenError(f"{name} has too many pixels ({error})", _TOO_LARGE) from error
 
 
 def _remedy(path: Path) -> str:

@@ -6,7 +6,10 @@ import subprocess
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "numpy", "pillow", "nltk")
@@ -26,6 +29,13 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
+
+
+def device_name(device: "torch.device") -> str:
+    """Return what an accelerator is called; empty for the processor."""
+    import torch
+
+    return torch.cuda.get_device_name() if device.type == "cuda" else {"mps": "Apple GPU"}.get(device.type, "")
 
 
 def _cpu_model() -> str:

@@ -1,5 +1,6 @@
 """Small real things that tests are made of: images on disk, an encoder, a captioner, a training run."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,16 @@ def capgen(*arguments: str | Path, cwd: Path | None = None, **env: str) -> Any:
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """Import a script of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[f"bench_{name}"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def two_tone(first: str, second: str, place: str, size: int = 24) -> Image.Image:

@@ -1,6 +1,5 @@
 """A service that tests talk to: in this process for most, in a process of its own where it has to be killed."""
 
-import importlib.util
 import os
 import re
 import socket
@@ -11,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
@@ -29,16 +27,6 @@ def until(condition: Any, what: str) -> None:
     while not condition():
         assert time.monotonic() < end, f"waited in vain for: {what}"
         time.sleep(0.01)
-
-
-def load_benchmark(name: str) -> ModuleType:
-    """Import a script of benchmarks/."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[f"bench_{name}"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextmanager

@@ -1,31 +1,19 @@
 """What `make bench` compares is comparable: both decoders say the same, and every part is one that runs."""
 
-import importlib.util
 import random
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from helpers import ROOT, tiny_manifest
+from helpers import load_benchmark, tiny_manifest
 
 from capgen_utils.config import ClipGpt2Config
 
 
-def load(name: str) -> ModuleType:
-    """Import a script of benchmarks/."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[f"bench_{name}"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def decoding() -> ModuleType:
-    return load("decoding")
+    return load_benchmark("decoding")
 
 
 @pytest.mark.parametrize(("beam", "fixed"), [(1, False), (3, False), (1, True), (3, True)])
@@ -53,13 +41,13 @@ def test_made_up_captions_are_like_flickr8k_s(decoding: ModuleType) -> None:
 
 
 def test_every_part_of_the_benchmark_is_named_and_documented() -> None:
-    run = load("run")
+    run = load_benchmark("run")
     assert set(run.PARTS) == {"extraction", "training", "decoding", "library", "metrics", "service"}
     assert all(part.__doc__ for part in run.PARTS.values())
 
 
 def test_scoring_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = load("run")
+    run = load_benchmark("run")
     monkeypatch.setattr(run, "flickr8k_or_shapes", lambda: tiny_manifest(tmp_path / "images", test=6, ragged=False))
     found = run.bench_metrics()
     assert (found["images"], found["references"]) == (6, 18) and found["seconds"] >= 0

@@ -2,14 +2,12 @@
 
 import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from helpers import PHOTOS, ROOT, need
+from helpers import PHOTOS, ROOT, load_benchmark, need
 from PIL import Image
 
 from capgen_utils.captioner import DEFAULT_BUNDLE, Captioner
@@ -21,22 +19,12 @@ NOTEBOOK = ROOT / "notebooks" / "11_caption_your_own_photos.ipynb"
 APP = ROOT / "notebooks" / "demo.ipynb"
 
 
-def load(name: str) -> ModuleType:
-    """Import a script of benchmarks/."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[f"bench_{name}"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load("demo")
+script = load_benchmark("demo")
 
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    found = load("page").find_chromium()
+    found = load_benchmark("page").find_chromium()
     need("Chromium", found)
     need("playwright", importlib.util.find_spec("playwright"))
     need("the trained captioner that ships", (DEFAULT_BUNDLE / "model.safetensors").is_file())

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from helpers import ROOT, save_tiny_bundle
-from serving_helpers import load_benchmark
+from helpers import ROOT, load_benchmark, save_tiny_bundle
 
 bench = load_benchmark("load")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PHOTOS, ROOT, need, save_tiny_bundle, tiny_dual, tiny_tokenizer
+from helpers import PHOTOS, ROOT, load_benchmark, need, save_tiny_bundle, tiny_dual, tiny_tokenizer
 from PIL import Image
-from serving_helpers import load_benchmark, running, until
+from serving_helpers import running, until
 
 from capgen_utils.checkpoint import load_bundle, save_bundle
 from capgen_utils.service import Limits, Protection, Served

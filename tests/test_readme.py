@@ -1,12 +1,11 @@
 """The README says what the results files say, and its commands and links exist."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers import load_benchmark
 
 from capgen_utils.cli import main
 
@@ -16,12 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def readme() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_figures", ROOT / "benchmarks" / "readme.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["readme_figures"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("readme")
 
 
 def test_figures_are_those_of_the_results_files(readme: ModuleType) -> None:

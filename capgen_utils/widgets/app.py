@@ -228,7 +228,7 @@ class Demo:
 def _looks(captioner: Captioner, image: Image.Image, caption: Caption) -> Any:
     """Return the step-through of a caption; where there is none, the reason."""
     try:
-        (maps,) = caption_maps(captioner, [image], [caption.text])
+        (maps,) = caption_maps(captioner, [image], [caption.tokens])
         return Steps(image, maps, next_words(captioner, image, maps)).widget
     except CapGenError as error:
         return ipywidgets.HTML(paragraph(f"No word-by-word maps: {error.problem}."))
