@@ -145,21 +145,39 @@ def _canonical(name: str) -> str:
 # --- what will be used ----------------------------------------------------------------------------------------------
 
 
-def announce(preset: str) -> None:
-    """On a host: say what the notebook will use, warn of what will not work, and find or download the images.
+def announce(preset: str, train: bool = True) -> None:
+    """Say what will not be trained; on a host also what the notebook will use and what will not work.
+
+    There it finds or downloads the images, too.
 
     Args:
         preset: name of a preset, or ``auto``.
+        train: train what has not been trained; else take the captioners that ship, where there are any.
 
     Raises:
-        CapGenError: no such preset, or its images can be neither found nor downloaded.
+        CapGenError: no such preset; its images can be neither found nor downloaded; or what ships does not fit what
+            was trained here.
     """
     place = host()
-    if place is None:
-        return
-    for line in describe(preset, place):
+    for line in describe(preset, place) if place is not None else ():
         print(line)
-    find_images(preset)
+    os.environ["CAPGEN_TRAIN"] = str(int(train))  # for the package, and for programs that notebooks start
+    if not train:
+        print(_take_shipped(preset))
+    if place is not None:
+        find_images(preset)
+
+
+def _take_shipped(preset: str) -> str:
+    from capgen_utils.presets import get_preset
+    from capgen_utils.shipping import take_shipped
+
+    chosen = get_preset(preset)
+    found = take_shipped(chosen)
+    missing = [model for model in chosen.models if model not in found]
+    parts = [f"ready without training: {', '.join(found)}"] if found else []
+    parts += [f"not among what ships for {chosen.name}: {', '.join(missing)}"] if missing else []
+    return "; ".join(parts)
 
 
 def describe(preset: str, place: str) -> Iterator[str]:

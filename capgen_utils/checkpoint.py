@@ -17,7 +17,7 @@ from capgen_utils.dual_encoder import DualEncoder
 from capgen_utils.encoders import CLIPS, Encoder, preprocessing_from_json, restore_encoder, save_encoder
 from capgen_utils.files import CapGenError, atomic_path, read_json, write_json
 from capgen_utils.models import CaptionModel, build_model, model_config
-from capgen_utils.tensors import read_tensors, save_tensors
+from capgen_utils.tensors import compact, read_tensors, save_tensors
 from capgen_utils.text import Tokenizer
 
 VERSION = 1
@@ -118,14 +118,14 @@ def save_bundle(
 
     Args:
         folder: replaced when it exists.
-        bundle: what to write; weights are stored in ``dtype``.
+        bundle: what to write; weights are stored in ``dtype``, or in less where nothing is lost by it.
         encoder: stored too when it is not public.
         scorer: a CLIP that chooses among captions, stored too; where ``encoder`` is its image half, in its place.
     """
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         tensors = {k: v.detach().to("cpu", dtype) for k, v in bundle.model.state_dict().items()}
-        save_tensors(temporary / "model.safetensors", tensors)
+        save_tensors(temporary / "model.safetensors", compact(tensors))
         write_json(temporary / "tokenizer.json", bundle.tokenizer.to_json())
         write_json(temporary / "config.json", {"version": VERSION, **bundle.info})
         both = scorer is not None and scorer.images is encoder

@@ -374,12 +374,17 @@ def _add_course(commands: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("course-output"), metavar="FOLDER", help="for the pages")
     parser.add_argument("--only", metavar="NN", help="one notebook by its number, such as 05")
     parser.add_argument("--keep", action="store_true", help="also store the outputs in notebooks/ (for maintainers)")
+    parser.add_argument(
+        "--no-train",
+        action="store_true",
+        help="train nothing: take the captioners that ship (minutes instead of an hour)",
+    )
 
 
 def _course(options: argparse.Namespace) -> int:
     from capgen_utils.course import run_course
 
-    return run_course(options.preset, options.output, options.only, options.keep)
+    return run_course(options.preset, options.output, options.only, options.keep, not options.no_train)
 
 
 def _add_info(commands: Any) -> None:

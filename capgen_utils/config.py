@@ -318,6 +318,11 @@ def data_dir() -> Path:
     return Path(os.environ.get("CAPGEN_DATA") or REPOSITORY / "data").expanduser()
 
 
+def train_anew() -> bool:
+    """Whether what is not trained yet is trained: not where ``CAPGEN_TRAIN`` is 0 and a trained one ships."""
+    return os.environ.get("CAPGEN_TRAIN", "1") != "0"
+
+
 def choose_device(name: str = "auto") -> "torch.device":
     """Return the named device, or the best one at hand: CUDA, then Apple's MPS, then the CPU.
 

@@ -51,7 +51,7 @@ class OwnKernel(AsyncKernelManager):
         return KernelSpec(argv=command, display_name=KERNEL["display_name"], language=KERNEL["language"])
 
 
-def run_course(preset: str, output: Path, only: str | None = None, keep: bool = False) -> int:
+def run_course(preset: str, output: Path, only: str | None = None, keep: bool = False, train: bool = True) -> int:
     """Execute the numbered notebooks in their order and write each as an HTML page, with an index.
 
     Training that an earlier run finished is found and not done again.
@@ -61,6 +61,7 @@ def run_course(preset: str, output: Path, only: str | None = None, keep: bool = 
         output: folder of the pages.
         only: the number of one notebook, such as ``05``.
         keep: also store the outputs in ``notebooks/``, and run the solutions too.
+        train: train what has not been trained; else take the captioners that ship.
 
     Returns:
         0, or 1 when a notebook failed; its page is written as far as it came.
@@ -71,7 +72,7 @@ def run_course(preset: str, output: Path, only: str | None = None, keep: bool = 
     chosen = get_preset(preset).name
     outcomes = []
     for path in find_notebooks(only, solutions=keep):
-        outcome = run_notebook(path, chosen, output, keep)
+        outcome = run_notebook(path, chosen, output, keep, train)
         outcomes.append(outcome)
         print(f"{'FAILED' if outcome.error else 'ok':6s} {outcome.seconds:7.1f} s  {path.name}")
         if outcome.error:
@@ -99,7 +100,9 @@ def find_notebooks(only: str | None = None, solutions: bool = False) -> list[Pat
     return found
 
 
-def run_notebook(path: Path, preset: str, output: Path | None = None, keep: bool = False) -> Outcome:
+def run_notebook(
+    path: Path, preset: str, output: Path | None = None, keep: bool = False, train: bool = True
+) -> Outcome:
     """Execute one notebook in a fresh kernel of this Python.
 
     Args:
@@ -107,11 +110,12 @@ def run_notebook(path: Path, preset: str, output: Path | None = None, keep: bool
         preset: what it finds in ``CAPGEN_PRESET``.
         output: folder for its page; ``None`` writes none.
         keep: store the outputs in the notebook itself, if all went well.
+        train: whether it finds ``CAPGEN_TRAIN`` set to 1.
     """
     notebook = nbformat.read(path, as_version=4)
     name = f"{path.stem}.html"
     started = time.perf_counter()
-    error = _execute(notebook, path, preset)
+    error = _execute(notebook, path, preset, train)
     seconds = time.perf_counter() - started
     _clean(notebook, keep_messages=bool(error))
     page = (output or Path()) / name
@@ -122,7 +126,7 @@ def run_notebook(path: Path, preset: str, output: Path | None = None, keep: bool
     return Outcome(title_of(notebook), page, seconds, error)
 
 
-def _execute(notebook: NotebookNode, path: Path, preset: str) -> str:
+def _execute(notebook: NotebookNode, path: Path, preset: str, train: bool) -> str:
     """Run all cells; returns what went wrong, or an empty text."""
     count = sum(cell.cell_type == "code" for cell in notebook.cells)
     # Bars would be stored as outputs, and the default backend of a shell may want a window.
@@ -130,6 +134,7 @@ def _execute(notebook: NotebookNode, path: Path, preset: str) -> str:
     folders = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | quiet | {
         "CAPGEN_PRESET": preset,
+        "CAPGEN_TRAIN": str(int(train)),
         "CAPGEN_DATA": str(data_dir().absolute()),
         "PYTHONPATH": os.pathsep.join(filter(None, folders)),
     }  # fmt: skip

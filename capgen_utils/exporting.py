@@ -7,18 +7,22 @@ from typing import Any
 from capgen_utils.arguments import add_bundle_options, add_command
 from capgen_utils.files import CapGenError
 
-_FORMATS = ("onnx", "hub")
+_FORMATS = ("onnx", "hub", "small")
 
 
 def add_export(commands: Any) -> None:
     """Declare the command."""
     parser = add_command(
-        commands, "export", _export, "Write a captioner as ONNX graphs that run without torch, or for a model hub."
+        commands,
+        "export",
+        _export,
+        "Write a captioner as ONNX graphs that run without torch, for a model hub, or small.",
     )
     add_bundle_options(parser)
     parser.add_argument(
         "--format", choices=_FORMATS, required=True,
-        help="onnx: three graphs for ONNX Runtime, compared with torch; hub: the bundle with a model card",
+        help="onnx: three graphs for ONNX Runtime, compared with torch; hub: the bundle with a model card; "
+        "small: the bundle with 8 bits a weight",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="is replaced when it exists")
     parser.add_argument(
@@ -36,7 +40,7 @@ def _export(options: argparse.Namespace) -> None:
         raise CapGenError(f"{options.output} is a file", "name a folder")
     if options.output.absolute().is_relative_to(bundle.absolute()):
         raise CapGenError(f"{options.output} is, or lies in, the bundle itself", "name another folder")
-    (_export_onnx if options.format == "onnx" else _export_hub)(options, bundle)
+    {"onnx": _export_onnx, "hub": _export_hub, "small": _export_small}[options.format](options, bundle)
 
 
 def _export_onnx(options: argparse.Namespace, bundle: Path) -> None:
@@ -57,3 +61,11 @@ def _export_hub(options: argparse.Namespace, bundle: Path) -> None:
     print(f"the folder for the hub is {options.output}; read README.md in it before you publish it")
     if options.push:
         print(f"pushed to {push(options.output, options.push)}")
+
+
+def _export_small(options: argparse.Namespace, bundle: Path) -> None:
+    from capgen_utils.shipping import write_small
+
+    write_small(bundle, options.output)
+    sizes = (sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 1e6 for folder in (bundle, options.output))
+    print("{:.1f} MB of weights have become {:.1f} MB in {}".format(*sizes, options.output))

@@ -173,7 +173,10 @@ SHAPES = Preset(
     encoder="shapes_cnn",
     min_count=1,
     models={
-        "show_tell": Recipe(ShowTellConfig(**_SHAPES_CNN, embed_size=256, hidden_size=512, num_layers=1, dropout=0.2)),
+        "show_tell": Recipe(
+            ShowTellConfig(**_SHAPES_CNN, embed_size=256, hidden_size=512, num_layers=1, dropout=0.2),
+            training=replace(SHAPES_TRAINING, epochs=18, batch_images=64, learning_rate=3e-3),
+        ),
         "attend_tell": Recipe(
             AttendTellConfig(**_SHAPES_CNN, attention_size=128, dropout=0.1, doubly_stochastic=0.1),
             training=replace(SHAPES_TRAINING, epochs=10),
@@ -190,7 +193,7 @@ SHAPES = Preset(
         "clip_gpt2": Recipe(
             ClipGpt2Config(**_MINI, n_embd=128, n_layer=2, n_head=4),
             tokenizer="gpt2",
-            training=replace(SHAPES_TRAINING, epochs=24, learning_rate=3e-3),
+            training=replace(SHAPES_TRAINING, epochs=22, batch_images=64, learning_rate=4e-3),
         ),
     },
     training=SHAPES_TRAINING,

@@ -35,7 +35,8 @@ from capgen_utils import bootstrap
 
 bootstrap.prepare(drive=False)  # Colab, Kaggle: install what is missing; drive=True keeps features and runs on Drive
 PRESET = os.environ.get("CAPGEN_PRESET", "shapes")  # change this one line: "shapes", "flickr8k" or "auto"
-bootstrap.announce(PRESET)"""
+TRAIN = os.environ.get("CAPGEN_TRAIN", "1") != "0"  # False: nothing is trained where a trained captioner ships
+bootstrap.announce(PRESET, train=TRAIN)"""
 
 _IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
 _IMAGE_KAGGLE = "https://kaggle.com/static/images/open-in-kaggle.svg"

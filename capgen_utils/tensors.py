@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from capgen_utils.files import CapGenError
 
+SCALE = ".scale"  # ends the name of the scales that belong to a tensor of bytes
 _LARGEST = 10**10  # bytes of tensors that one file may hold
 
 
@@ -29,17 +30,53 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``tensors``; those of float32 that lose nothing by it in float16."""
-    return {name: _halved(tensor.detach()) for name, tensor in tensors.items()}
+    """Return ``tensors``; those of float32 that lose nothing by it as bytes with scales, or in float16.
+
+    What ``round_to_bytes`` has rounded becomes two tensors: int8, and beside it, its name ending in ``SCALE``, one
+    float16 number a row. ``read_tensors`` multiplies them again.
+    """
+    packed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        packed |= _packed(name, tensor.detach().cpu())
+    return packed
 
 
-def _halved(tensor: Tensor) -> Tensor:
+def _packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    if tensor.dtype != torch.float32:
+        return {name: tensor}
+    if tensor.ndim >= 2:
+        whole, scale = _to_bytes(tensor)
+        if torch.equal(_from_bytes(whole, scale), tensor):
+            return {name: whole, name + SCALE: scale}
     half = tensor.half()
-    return half if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor) else tensor
+    return {name: half if torch.equal(half.float(), tensor) else tensor}
+
+
+@torch.no_grad()
+def round_to_bytes(module: nn.Module) -> None:
+    """Round a module's weights in place: matrices to 255 evenly spaced numbers a row, all else to float16.
+
+    The largest number of a row is 127 times the row's scale, itself a float16, so rounding twice changes nothing.
+    """
+    for tensor in module.state_dict().values():
+        if tensor.dtype == torch.float32:
+            tensor.copy_(_from_bytes(*_to_bytes(tensor)) if tensor.ndim >= 2 else tensor.half())
+
+
+def _to_bytes(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, ...) -> int8 of the same shape, and the rows' scales in float16 (rows,)."""
+    rows = tensor.flatten(1)
+    scale = (rows.abs().amax(1) / 127).half()
+    whole = torch.where(scale[:, None] > 0, rows / scale[:, None].float(), 0.0).round().clamp(-127, 127)
+    return whole.to(torch.int8).view(tensor.shape), scale
+
+
+def _from_bytes(whole: Tensor, scale: Tensor) -> Tensor:
+    return whole.float() * scale.float().view(-1, *[1] * (whole.ndim - 1))
 
 
 def read_tensors(path: Path, shapes: Mapping[str, torch.Size], remedy: str) -> dict[str, Tensor]:
-    """Read a safetensors file that must hold exactly the tensors named in ``shapes``.
+    """Read a safetensors file that must hold exactly the tensors named in ``shapes``; bytes come back as float32.
 
     Raises:
         CapGenError: unreadable, or other names, shapes or sizes; ``remedy`` becomes the advice.
@@ -49,11 +86,15 @@ def read_tensors(path: Path, shapes: Mapping[str, torch.Size], remedy: str) -> d
             raise CapGenError(f"{path} is too large", remedy)
         with safe_open(path, framework="pt") as stream:
             names = set(stream.keys())
-            wrong = sorted(names ^ set(shapes))[:3]
-            wrong += [k for k in names & set(shapes) if tuple(stream.get_slice(k).get_shape()) != tuple(shapes[k])][:3]
+            scaled = {k for k in shapes if k + SCALE in names and k + SCALE not in shapes}
+            sizes = dict(shapes) | {k + SCALE: shapes[k][:1] for k in scaled}
+            wrong = sorted(names ^ set(sizes))[:3]
+            wrong += [k for k in names & set(sizes) if tuple(stream.get_slice(k).get_shape()) != tuple(sizes[k])][:3]
+            wrong += [k for k in names & scaled if stream.get_slice(k).get_dtype() != "I8"][:3]
             if wrong:
                 raise CapGenError(f"{path} does not fit its config.json: {', '.join(wrong)}", remedy)
-            tensors = {name: stream.get_tensor(name) for name in names}
+            tensors = {name: stream.get_tensor(name) for name in shapes}
+            tensors |= {name: _from_bytes(tensors[name], stream.get_tensor(name + SCALE)) for name in scaled}
     except (SafetensorError, OSError, struct.error, ValueError) as error:
         raise CapGenError(f"{path} is damaged ({error})", remedy) from error
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()):

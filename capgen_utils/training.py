@@ -24,8 +24,8 @@ from capgen_utils.batches import (
     epoch_batches,
     make_batch,
 )
-from capgen_utils.checkpoint import Bundle, bundle_info, load_checkpoint, save_bundle, save_checkpoint
-from capgen_utils.config import DecodingConfig, TrainingConfig, choose_dtype
+from capgen_utils.checkpoint import Bundle, bundle_info, load_bundle, load_checkpoint, save_bundle, save_checkpoint
+from capgen_utils.config import DecodingConfig, TrainingConfig, choose_dtype, train_anew
 from capgen_utils.decoding import Specials, caption_manifest
 from capgen_utils.dual_encoder import DualEncoder
 from capgen_utils.encoders import Encoder
@@ -135,10 +135,14 @@ class Trainer:
 
     def identity(self) -> str:
         """Hash of what must be the same for a checkpoint to be continued."""
-        shapes = {k: list(v.shape) for k, v in self.model.state_dict().items()}
         caches = [cache.path.name for cache in (self.data.plain, self.data.flipped) if cache is not None]
+        return fingerprint([self.settings(), caches])
+
+    def settings(self) -> str:
+        """Hash of what is trained and how, on whatever machine: not of the features' dtype, as ``identity`` is."""
+        shapes = {k: list(v.shape) for k, v in self.model.state_dict().items()}
         settings = [asdict(self.model.config), asdict(self.config), self.tokenizer.to_json()]
-        return fingerprint([shapes, settings, caches, len(self.data.train)])
+        return fingerprint([shapes, settings, len(self.data.train)])
 
     def train(self) -> Progress:
         """Train to the end, or go on from the checkpoint of a run that was stopped.
@@ -270,7 +274,8 @@ class Trainer:
         """Return the model as it is now with everything a bundle says of it."""
         info = bundle_info(
             self.model_name, self.model, self.encoder, self.extraction_dtype, self.decoding, self.preset,
-            dataset=self.data.train.name, training=asdict(self.config), step=self.progress.step, revision=revision(),
+            dataset=self.data.train.name, training=asdict(self.config), settings=self.settings(),
+            step=self.progress.step, revision=revision(),
             dev={k: v for k, v in dev.items() if k != "samples"} | {"protocol": DEV_PROTOCOL},
         )  # fmt: skip
         return Bundle(self.model, self.tokenizer, info)
@@ -328,6 +333,8 @@ class Trainer:
 
     def _resume(self) -> None:
         if not self.checkpoint_path.exists():
+            if not train_anew() and (self.folder / "bundle" / "config.json").is_file():
+                self._take_over(load_bundle(self.folder / "bundle"))
             return
         tensors, progress = load_checkpoint(self.checkpoint_path)
         if progress.pop("identity") != self.identity():
@@ -340,6 +347,29 @@ class Trainer:
         if self.accelerator.is_main_process:
             where = "finished" if self.progress.done else f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
             tqdm.write(f"going on from {self.checkpoint_path}: {where}")
+
+    def _take_over(self, bundle: Bundle) -> None:
+        """Take a bundle without its checkpoint for the finished run that it came from.
+
+        Raises:
+            CapGenError: it was trained in another way, or on another encoder.
+        """
+        info, run = bundle.info, bundle.info.get("training_run")
+        if run is None:
+            return  # it was stopped
+        if info.get("settings") != self.settings() or info["encoder"]["weights_hash"] != self.encoder.weights_hash():
+            raise CapGenError(
+                f"{self.folder} holds a captioner of other settings, or on another encoder",
+                "delete the folder, or train anew (TRAIN = True, or CAPGEN_TRAIN=1)",
+            )
+        self.model.load_state_dict(bundle.model.state_dict())
+        log = self.folder / "log.jsonl"
+        self.progress = Progress(
+            epoch=run["epochs"], step=info["step"], best=info["dev"].get("BLEU-4", 0.0), done=True,
+            best_loss=info["dev"]["dev_loss"], best_epoch=run["best_epoch"] - 1, seconds=60 * run["minutes"],
+            history=[json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else [],
+        )  # fmt: skip
+        tqdm.write(f"nothing is trained: {self.folder / 'bundle'} is there")
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
