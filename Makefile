@@ -23,7 +23,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check-python wheelhouse course test lint bench readme lab demo demo-picture notebooks first-cells clean
+.PHONY: help setup check-python wheelhouse course test lint bench readme lab demo demo-picture notebooks bundles first-cells clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,8 +77,8 @@ wheelhouse: ## collect everything the set-up needs in wheelhouse/, for machines 
 	rm -rf .wheelhouse-venv wheelhouse/capgen_utils-* build
 	@echo "wheelhouse/ holds $$(ls wheelhouse | wc -l) wheels for $$(uname -sm); then: make setup WHEELHOUSE=wheelhouse"
 
-course: $(STAMP) ## the whole course in small: data, training, captions, scores
-	$(RUN) -m capgen_utils course
+course: $(STAMP) ## the whole course in small; TRAIN=0 takes the captioners that ship
+	$(RUN) -m capgen_utils course $(if $(filter 0,$(TRAIN)),--no-train)
 
 test: lint ## ruff, mypy and all tests
 	$(RUN) -m pytest
@@ -107,6 +107,9 @@ demo-picture: $(STAMP) ## drive the demo in Chromium and keep results/demo.png
 
 notebooks: $(STAMP) ## run every notebook from the first cell to the last
 	$(RUN) -m capgen_utils course --keep
+
+bundles: $(STAMP) ## write the trained captioners of drawn scenes small, into data/bundles
+	$(RUN) -m capgen_utils.shipping
 
 first-cells: $(STAMP) ## write the first cell and the badges into all notebooks and README.md
 	$(RUN) -m capgen_utils.stamping

@@ -161,8 +161,9 @@ def announce(preset: str, train: bool = True) -> None:
     place = host()
     for line in describe(preset, place) if place is not None else ():
         print(line)
-    os.environ["CAPGEN_TRAIN"] = str(int(train))  # for the package, and for programs that notebooks start
+    os.environ.pop("CAPGEN_TRAIN", None)
     if not train:
+        os.environ["CAPGEN_TRAIN"] = "0"  # for the package, and for programs that notebooks start
         print(_take_shipped(preset))
     if place is not None:
         find_images(preset)

@@ -21,7 +21,7 @@ from capgen_utils.arguments import (
     decoding_options,
 )
 from capgen_utils.captioning import add_caption
-from capgen_utils.config import data_dir
+from capgen_utils.config import data_dir, train_anew
 from capgen_utils.exporting import add_export
 from capgen_utils.files import CapGenError, write_json
 from capgen_utils.presets import PRESETS, get_preset
@@ -384,7 +384,8 @@ def _add_course(commands: Any) -> None:
 def _course(options: argparse.Namespace) -> int:
     from capgen_utils.course import run_course
 
-    return run_course(options.preset, options.output, options.only, options.keep, not options.no_train)
+    train = train_anew() and not options.no_train
+    return run_course(options.preset, options.output, options.only, options.keep, train)
 
 
 def _add_info(commands: Any) -> None:

@@ -198,7 +198,9 @@ def _load_shapes_cnn(folder: Path, described: Mapping[str, Any]) -> Encoder:
     if not isinstance(width, int) or not 8 <= width <= 1024 or width % 32:
         raise CapGenError(f"{folder}/config.json: the width {width!r} is not possible", _FOLDER_REMEDY)
     encoder = new_shapes_cnn(width)
-    load_weights(encoder.trunk, folder / "model.safetensors", _FOLDER_REMEDY)
+    shapes = {key: value.shape for key, value in encoder.trunk.state_dict().items()}
+    tensors = read_tensors(folder / "model.safetensors", shapes, _FOLDER_REMEDY)
+    encoder.trunk.load_state_dict({key: value.float() for key, value in tensors.items()})
     return encoder
 
 

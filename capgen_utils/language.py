@@ -142,7 +142,7 @@ def initialise(model: CaptionModel, preset: Preset, tokenizer: Tokenizer, root: 
 
 
 def _make_again(folder: Path) -> str:
-    return f"delete {folder} and {_run_folder(folder)}: the next training makes them anew"
+    return f"delete {folder} and {run_folder(folder)}: the next training makes them anew"
 
 
 # --- gpt2-mini --------------------------------------------------------------------------------------------------------
@@ -206,7 +206,8 @@ def mini_folder(preset: Preset) -> Path:
     return data_dir() / "language_models" / f"{preset.name}_gpt2_mini"
 
 
-def _run_folder(folder: Path) -> Path:
+def run_folder(folder: Path) -> Path:
+    """Return where the training of the language model in ``folder`` keeps its log and its checkpoint."""
     return folder.parent / f"{folder.name}-run"
 
 
@@ -238,7 +239,7 @@ def pretrain_language_model(preset: Preset, root: Path | None = None, folder: Pa
     tokenizer = fit_tokenizer(recipe.tokenizer, manifest.split("train").captions(), preset.min_count)
     with torch.random.fork_rng():
         torch.manual_seed(preset.language.seed)
-        trainer = _trainer(config, tokenizer, manifest, preset, _run_folder(folder))
+        trainer = _trainer(config, tokenizer, manifest, preset, run_folder(folder))
         trainer.train()
     if PartialState().is_main_process:
         _save_as_hub(folder, config, tokenizer, load_file(trainer.folder / "bundle" / "model.safetensors"))

@@ -159,8 +159,8 @@ _MINI: dict[str, Any] = {
 _LITE0: dict[str, Any] = {"cnn_backbone": "efficientnet_lite0", "seq_len": 26}
 
 _SHAPES_CLIP = SmallClipConfig(
-    embed_size=512, patch=2, vision_width=256, vision_layers=3, vision_heads=16, text_width=128, text_layers=2,
-    text_heads=8, seq_len=32,
+    embed_size=512, patch=2, vision_width=160, vision_layers=3, vision_heads=10, text_width=96, text_layers=2,
+    text_heads=6, seq_len=32,
 )  # fmt: skip
 _SHAPES_CONTRASTIVE = ContrastiveConfig(
     epochs=4, batch_images=32, learning_rate=1e-3, weight_decay=0.05, average=0.99, patience=4, captions=2, twins=4,
@@ -184,7 +184,7 @@ SHAPES = Preset(
         "transformer": Recipe(TransformerConfig(**_SHAPES_CNN, **_SHAPES_DECODER)),
         "clip_prefix": Recipe(
             ClipPrefixConfig(
-                seq_len=32, d_model=256, n_decode=2, n_head=8, fc_dim=512, dropout=0.1, noise=0.15, text_inputs="tower"
+                seq_len=32, d_model=192, n_decode=2, n_head=8, fc_dim=384, dropout=0.1, noise=0.2, text_inputs="tower"
             ),
             SMALL_CLIP,
             "clip",
@@ -200,7 +200,7 @@ SHAPES = Preset(
     pretraining=replace(SHAPES_TRAINING, epochs=22),
     clip=ClipRecipe(_SHAPES_CLIP, _SHAPES_CONTRASTIVE, dataset="many_shapes"),
     judge=ClipRecipe(
-        replace(_SHAPES_CLIP, vision_width=96, text_width=96),
+        replace(_SHAPES_CLIP, vision_width=96, vision_heads=6, text_width=128, text_heads=8),
         replace(_SHAPES_CONTRASTIVE, seed=2),
         "word",
         "many_shapes",

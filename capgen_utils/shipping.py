@@ -1,7 +1,11 @@
-"""Trained captioners that ship: written small, and put where training would have put them."""
+"""Trained captioners that ship: written small, and put where training would have put them.
+
+For maintainers: ``make bundles`` writes those of ``shapes`` from their finished runs.
+"""
 
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,14 +14,15 @@ from capgen_utils.checkpoint import load_bundle, save_bundle
 from capgen_utils.config import data_dir
 from capgen_utils.contrastive import dual_encoder_folder
 from capgen_utils.files import CapGenError, atomic_path, read_json
-from capgen_utils.language import mini_folder
+from capgen_utils.language import MINI, mini_folder, run_folder
 from capgen_utils.machine import REPOSITORY
-from capgen_utils.presets import SMALL_CLIP, Preset
+from capgen_utils.presets import SMALL_CLIP, Preset, get_preset
 from capgen_utils.pretraining import encoder_folder
 from capgen_utils.tensors import round_to_bytes
 
 SHIPPED = REPOSITORY / "data" / "bundles"
 LOG = "log.jsonl"
+LANGUAGE_MODEL = "language_model"  # in the bundle of the captioner that began with it
 
 
 # --- for maintainers ------------------------------------------------------------------------------------------------
@@ -26,8 +31,7 @@ LOG = "log.jsonl"
 def write_small(folder: Path, output: Path) -> None:
     """Write a bundle with 8 bits for each weight of its matrices: about half of its size.
 
-    An encoder of its own stays as it is; a CLIP of its own is rounded too. The log of its training, where it lies
-    beside the bundle, goes with it.
+    An encoder or a CLIP of its own is rounded too.
 
     Args:
         folder: a bundle.
@@ -38,18 +42,39 @@ def write_small(folder: Path, output: Path) -> None:
     """
     bundle = load_bundle(folder)
     encoder, scorer = bundle.build_encoder(), bundle.build_scorer()
-    if scorer is not None:
-        if scorer.images.weights_hash() == encoder.weights_hash():
-            encoder = scorer.images
-        if scorer.source is None:
-            round_to_bytes(scorer.clip)
-            bundle.info["encoder"] = encoder.describe()
+    if scorer is not None and scorer.images.weights_hash() == encoder.weights_hash():
+        encoder = scorer.images
+    if scorer is not None and scorer.source is None:
+        round_to_bytes(scorer.clip)
+    for own in (encoder, encoder.stem):
+        if own is not None and not own.public:
+            round_to_bytes(own.trunk)
     round_to_bytes(bundle.model)
+    bundle.info["encoder"] = encoder.describe()
     save_bundle(output, bundle, encoder, torch.float32, scorer)
-    log = Path(folder).absolute().parent / LOG
-    if log.is_file():
-        with atomic_path(output / LOG) as temporary:
-            shutil.copyfile(log, temporary)
+
+
+def ship(preset: Preset, shipped: Path = SHIPPED) -> list[Path]:
+    """Write the finished runs of a preset small, each with its log, and the language model with the one that reads it.
+
+    Returns:
+        What was written.
+    """
+    written = []
+    for model in preset.models:
+        run, target = _run(preset, model), shipped / f"{preset.name}_{model}"
+        if (run / "checkpoint.safetensors").is_file():  # else it is what ships already
+            write_small(run / "bundle", target)
+            _copy(run / LOG, target / LOG)
+            if getattr(preset.recipe(model).config, "language_model", "") == MINI:
+                _copy(mini_folder(preset), target / LANGUAGE_MODEL)
+                _copy(run_folder(mini_folder(preset)) / LOG, target / LANGUAGE_MODEL / LOG)
+            written.append(target)
+    return written
+
+
+def _run(preset: Preset, model: str) -> Path:
+    return data_dir() / "runs" / f"{preset.name}_{model}"
 
 
 # --- for readers ----------------------------------------------------------------------------------------------------
@@ -74,8 +99,10 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
     found = [model for model in preset.models if (shipped / f"{preset.name}_{model}" / "config.json").is_file()]
     for source, target in _starting_points(preset, found, shipped):
         _place(source, target)
+        if (source / LOG).is_file() and not run_folder(target).exists():
+            _copy(source / LOG, run_folder(target) / LOG)
     for model in found:
-        bundle, run = shipped / f"{preset.name}_{model}", data_dir() / "runs" / f"{preset.name}_{model}"
+        bundle, run = shipped / f"{preset.name}_{model}", _run(preset, model)
         if not (run / "bundle" / "config.json").is_file():
             if (bundle / LOG).is_file():
                 _copy(bundle / LOG, run / LOG)
@@ -94,9 +121,8 @@ def _starting_points(preset: Preset, models: list[str], shipped: Path) -> Iterat
                 yield encoder / "stem", encoder_folder()
         elif name == preset.encoder and preset.pretraining is not None:
             yield encoder, encoder_folder()
-    language = shipped / mini_folder(preset).name
-    if language.is_dir():
-        yield language, mini_folder(preset)
+        if (encoder.parent / LANGUAGE_MODEL).is_dir():
+            yield encoder.parent / LANGUAGE_MODEL, mini_folder(preset)
 
 
 def _place(source: Path, target: Path) -> None:
@@ -116,6 +142,19 @@ def _place(source: Path, target: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     with atomic_path(target) as temporary:
         if source.is_dir():
-            shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(LOG))
+            shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(LOG, LANGUAGE_MODEL))
         else:
             shutil.copyfile(source, temporary)
+
+
+def main(names: Sequence[str] = ()) -> int:
+    """Write what ships for the named presets, by default for ``shapes``."""
+    for name in names or ["shapes"]:
+        for folder in ship(get_preset(name)):
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            print(f"{size / 1e6:5.2f} MB  {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

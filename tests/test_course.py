@@ -42,6 +42,14 @@ def test_the_kernel_is_this_python_with_the_preset_and_the_data_folder(folder: P
     assert second.strip() == "data", "the data folder of this machine is not written down"
 
 
+@pytest.mark.parametrize(("train", "told"), [(True, "1"), (False, "0")])
+def test_the_kernel_is_told_whether_to_train(folder: Path, tmp_path: Path, train: bool, told: str) -> None:
+    path = write_notebook(folder / "00_a.ipynb", "import os\nprint(os.environ['CAPGEN_TRAIN'])")
+    course.run_course("shapes", tmp_path / "pages", train=train)
+    assert f"<pre>{told}" in (tmp_path / "pages" / "00_a.html").read_text()
+    assert not nbformat.read(path, 4).cells[1].outputs
+
+
 def test_what_is_kept_has_a_hash_and_no_trace_of_the_machine(folder: Path) -> None:
     path = write_notebook(
         folder / "00_a.ipynb",

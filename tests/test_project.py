@@ -29,7 +29,7 @@ FLOORS = [
     + ["scenes", "shapes", "datasets", "metrics", "baselines"],
     ["encoders", "dual_encoder", "features", "logits", "numpy_decoding", "decoding"],
     ["models"],
-    ["checkpoint", "facts", "batches", "training", "pretraining", "contrastive", "language", "recipes"],
+    ["checkpoint", "facts", "batches", "training", "pretraining", "contrastive", "language", "recipes", "shipping"],
     ["rerank", "captioner", "onnx_captioner", "onnx_export", "model_card", "bulk", "attention", "scoring", "cost"]
     + ["results", "grounding", "leaderboard"],
     ["plots", "widgets", "service", "doctor", "bootstrap", "course", "stamping"]

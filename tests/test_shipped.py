@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 from helpers import PHOTOS, ROOT, run_python
 from safetensors import safe_open
+from test_shapes_captioner import TRUE
 
-from capgen_utils.captioner import DEFAULT_BUNDLE
+from capgen_utils.captioner import DEFAULT_BUNDLE, Captioner
 from capgen_utils.checkpoint import load_bundle
+from capgen_utils.course import find_notebooks, run_notebook
+from capgen_utils.datasets import Manifest, load_dataset
+from capgen_utils.presets import PRESETS
+from capgen_utils.shapes import is_true, load_scenes
+from capgen_utils.shipping import SHIPPED
 from capgen_utils.text import tokenise
 
 OFFLINE = """
@@ -67,3 +73,35 @@ def test_every_bundle_in_the_repository_loads(folder: Path) -> None:
     assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
     text = (folder / "config.json").read_text()
     assert "/home/" not in text and "/work" not in text and "/root" not in text
+
+
+@pytest.fixture(scope="module")
+def scenes_manifest(private_data: Path) -> Manifest:
+    return load_dataset("shapes")
+
+
+@pytest.mark.parametrize("model", PRESETS["shapes"].models)
+def test_captioners_of_drawn_scenes_are_nearly_as_right_as_before_they_were_made_small(
+    model: str, scenes_manifest: Manifest
+) -> None:
+    captioner = Captioner.from_bundle(SHIPPED / f"shapes_{model}", "cpu")
+    scenes = load_scenes(scenes_manifest.root)
+    items = [item for item in scenes_manifest.split("test").items if not scenes[item.image].novel]
+    captions = captioner.caption([scenes_manifest.path(item) for item in items], beam=3)
+    true = sum(is_true(caption.text, scenes[item.image]) for caption, item in zip(captions, items, strict=True))
+    assert true / len(items) >= TRUE.get(model, 0.95) - 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", ["03", "06", "07"])
+def test_a_notebook_goes_straight_on_without_training(
+    number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPGEN_DATA", str(tmp_path))
+    (path,) = find_notebooks(number)
+    outcome = run_notebook(path, "shapes", tmp_path / "pages", train=False)
+    assert not outcome.error, outcome.error
+    assert "ready without training: show_tell, attend_tell" in outcome.page.read_text(encoding="utf-8")
+    assert not list(tmp_path.rglob("checkpoint.safetensors")), "nothing was trained"
