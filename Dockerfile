@@ -24,7 +24,8 @@ RUN .venv/bin/pip install --no-deps --no-build-isolation -e . \
     && .venv/bin/python -m compileall -q capgen_utils
 COPY data/bundles data/bundles
 # Files keep the rights that they have where the image is built, and the one who serves them is someone else.
-RUN chmod -R a+rX .
+# Not .venv, which * leaves out: pip made it readable, and a layer would hold all of it a second time.
+RUN chmod -R a+rX ./*
 
 FROM python:${PYTHON}-slim
 # Nothing is written but to /tmp, and to /data where something is mounted there: the root file system may be read-only.

@@ -96,7 +96,7 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
     Raises:
         CapGenError: an encoder or a CLIP was trained here that the captioners that ship do not know.
     """
-    found = [model for model in preset.models if (shipped / f"{preset.name}_{model}" / "config.json").is_file()]
+    found = [model for model in preset.models if _stands_in(shipped / f"{preset.name}_{model}" / "config.json")]
     for source, target in _starting_points(preset, found, shipped):
         _place(source, target)
         if (source / LOG).is_file() and not run_folder(target).exists():
@@ -108,6 +108,11 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
                 _copy(bundle / LOG, run / LOG)
             _copy(bundle, run / "bundle")
     return found
+
+
+def _stands_in(path: Path) -> bool:
+    """Whether a bundle says which run it came from; one of an earlier version of the code does not."""
+    return path.is_file() and "settings" in read_json(path, "copy the repository again")
 
 
 def _starting_points(preset: Preset, models: list[str], shipped: Path) -> Iterator[tuple[Path, Path]]:
