@@ -2,7 +2,7 @@
 #   docker build -t capgen .
 #   docker run --rm --read-only --tmpfs /tmp -p 8000:8000 capgen
 # For an NVIDIA card, with the index of wheels that suits its driver (pytorch.org, Get Started):
-#   docker build -t capgen:gpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
+#   docker build -t capgen:gpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 #   docker run --rm --gpus all --read-only --tmpfs /tmp -p 8000:8000 capgen:gpu
 
 ARG PYTHON=3.12
