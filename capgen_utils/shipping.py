@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from capgen_utils.checkpoint import load_bundle, save_bundle
 from capgen_utils.config import data_dir
@@ -18,7 +19,7 @@ from capgen_utils.language import MINI, mini_folder, run_folder
 from capgen_utils.machine import REPOSITORY
 from capgen_utils.presets import SMALL_CLIP, Preset, get_preset
 from capgen_utils.pretraining import encoder_folder
-from capgen_utils.tensors import round_to_bytes
+from capgen_utils.tensors import round_to_bytes, rounded, save_tensors
 
 SHIPPED = REPOSITORY / "data" / "bundles"
 LOG = "log.jsonl"
@@ -67,10 +68,18 @@ def ship(preset: Preset, shipped: Path = SHIPPED) -> list[Path]:
             write_small(run / "bundle", target)
             _copy(run / LOG, target / LOG)
             if getattr(preset.recipe(model).config, "language_model", "") == MINI:
-                _copy(mini_folder(preset), target / LANGUAGE_MODEL)
-                _copy(run_folder(mini_folder(preset)) / LOG, target / LANGUAGE_MODEL / LOG)
+                _ship_language_model(mini_folder(preset), target / LANGUAGE_MODEL)
             written.append(target)
     return written
+
+
+def _ship_language_model(folder: Path, target: Path) -> None:
+    """Write a language model with its log, rounded as the captioner is that began with it; the library reads it."""
+    _copy(folder, target)
+    weights = load_file(folder / "model.safetensors")
+    with atomic_path(target / "model.safetensors") as temporary:
+        save_tensors(temporary, {name: rounded(tensor) for name, tensor in weights.items()}, {"format": "pt"})
+    _copy(run_folder(folder) / LOG, target / LOG)
 
 
 def _run(preset: Preset, model: str) -> Path:

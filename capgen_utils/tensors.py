@@ -54,13 +54,19 @@ def _packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def round_to_bytes(module: nn.Module) -> None:
-    """Round a module's weights in place: matrices to 255 evenly spaced numbers a row, all else to float16.
+    """Round a module's weights in place, as ``rounded`` does."""
+    for tensor in module.state_dict().values():
+        tensor.copy_(rounded(tensor))
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    """Return weights of float32 rounded: a matrix to 255 evenly spaced numbers a row, all else to float16.
 
     The largest number of a row is 127 times the row's scale, itself a float16, so rounding twice changes nothing.
     """
-    for tensor in module.state_dict().values():
-        if tensor.dtype == torch.float32:
-            tensor.copy_(_from_bytes(*_to_bytes(tensor)) if tensor.ndim >= 2 else tensor.half())
+    if tensor.dtype != torch.float32:
+        return tensor
+    return _from_bytes(*_to_bytes(tensor)) if tensor.ndim >= 2 else tensor.half().float()
 
 
 def _to_bytes(tensor: Tensor) -> tuple[Tensor, Tensor]:
