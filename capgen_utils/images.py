@@ -30,7 +30,8 @@ def open_image(source: ImageLike) -> Image.Image:
     """Return ``source`` as an upright 8-bit RGB image.
 
     A path is opened by content, not by its name. The camera's EXIF rotation is applied; transparency is laid
-    on white; CMYK, palette, grey and 16-bit images are converted; of an animation the first frame is taken.
+    on white; CMYK, palette, grey and 16-bit images are converted; of an animation the first frame is taken. The rest of
+    its metadata is dropped.
 
     Args:
         source: a path, a PIL image, an array (H, W), (H, W, 3) or (H, W, 4), or a torch tensor (3, H, W), wherever it
@@ -103,7 +104,13 @@ def _to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     if width * height > MAX_PIXELS or not width or not height:
         raise CapGenError(f"{name} has {width} x {height} pixels", _TOO_LARGE)
     image.load()
-    image = ImageOps.exif_transpose(image)
+    rgb = _flat(ImageOps.exif_transpose(image))
+    rgb.info = {}  # place, camera, comments: Pillow would write some of them into files made from the image
+    return rgb
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """Return a copy in RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

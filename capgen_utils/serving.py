@@ -72,7 +72,8 @@ def _serve(options: argparse.Namespace) -> int:
     )  # fmt: skip
     try:
         listening = config.bind_socket()
-    except SystemExit as stop:  # uvicorn has said why
+        listening.listen(config.backlog)  # whoever reads the address below can connect at once
+    except (SystemExit, OSError) as stop:  # uvicorn has said why
         raise CapGenError(f"cannot listen at {options.host}:{options.port}", "choose another --port") from stop
     port = listening.getsockname()[1]
     host = f"[{options.host}]" if ":" in options.host else options.host

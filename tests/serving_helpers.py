@@ -81,8 +81,8 @@ class ServeProcess:
         self.process.communicate()
 
     def ready(self) -> bool:
-        """Whether it says so."""
+        """Whether it says so; it may be slow to answer, but once it has named its address nobody is refused."""
         try:
             return httpx.get(f"{self.address}/readyz", timeout=10).status_code == 200
-        except httpx.TransportError:
+        except httpx.TimeoutException:
             return False

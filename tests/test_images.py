@@ -1,5 +1,6 @@
 """Photographs of every kind come out upright and RGB, or are refused by name with advice."""
 
+import io
 import os
 import struct
 import zlib
@@ -11,7 +12,7 @@ from helpers import PHOTOS
 from PIL import Image
 
 from capgen_utils.files import CapGenError
-from capgen_utils.images import FORMATS, MAX_PIXELS, find_images, is_many, open_image
+from capgen_utils.images import FORMATS, MAX_PIXELS, find_images, is_many, open_bytes, open_image
 
 
 def corners(size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -201,6 +202,18 @@ def test_exif_rotations_come_out_upright(tmp_path: Path, orientation: int, suffi
     assert image.size == (48, 32)
     for place, colour in (((5, 5), (255, 0, 0)), ((43, 5), (0, 255, 0)), ((5, 27), (0, 0, 255))):
         assert near(image, place, colour), f"orientation {orientation} at {place}: {image.getpixel(place)}"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_what_a_camera_has_noted_is_dropped_and_the_caller_s_own_image_keeps_it(tmp_path: Path, kind: str) -> None:
+    exif, path = Image.Exif(), tmp_path / "noted"
+    exif[0x010E] = "in my garden"
+    corners().save(path, kind, exif=exif, comment=b"in my garden")
+    with Image.open(path) as noted:
+        for image in (open_image(path), open_image(noted), open_bytes(path.read_bytes())):
+            image.save(again := io.BytesIO(), "JPEG")
+            assert not image.info and not image.getexif() and b"garden" not in again.getvalue()
+        assert noted.getexif()[0x010E] == "in my garden"
 
 
 def test_the_content_decides_not_the_name(tmp_path: Path) -> None:

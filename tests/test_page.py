@@ -1,14 +1,14 @@
 """The page in a real browser: upload, caption, attention, keyboard, phone; no error, no foreign host or script."""
 
 import base64
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PHOTOS, ROOT, load_benchmark, need, save_tiny_bundle, tiny_dual, tiny_tokenizer
+from browser_helpers import Visit, chromium
+from helpers import PHOTOS, ROOT, save_tiny_bundle, tiny_dual, tiny_tokenizer
 from PIL import Image
 from serving_helpers import running, until
 
@@ -17,9 +17,6 @@ from capgen_utils.service import Limits, Protection, Served
 
 pytestmark = pytest.mark.browser
 PHOTO = PHOTOS / "dog_panting.jpg"
-
-
-script = load_benchmark("page")
 
 
 @pytest.fixture(scope="module")
@@ -34,45 +31,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> list[Served]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    chromium = script.find_chromium()
-    need("Chromium", chromium)
-    need("playwright", importlib.util.find_spec("playwright"))
-    from playwright.sync_api import sync_playwright
-
-    camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=[*script.QUIET, *camera])
+    with chromium() as opened:
         yield opened
-        opened.close()
-
-
-class Visit:
-    """A page that is open, and all that went wrong on it."""
-
-    def __init__(self, browser: Any, address: str, **context: Any) -> None:
-        self.context = browser.new_context(**context)
-        self.page, self.wrong, self.hosts = self.context.new_page(), list[str](), set[str]()
-        self.page.on("console", lambda m: m.type in ("error", "warning") and self.wrong.append(m.text))
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("request", lambda r: self.hosts.add(r.url.split("/")[2] if r.url.startswith("http") else ""))
-        self.page.add_init_script(
-            "document.addEventListener('securitypolicyviolation', e => console.error('CSP ' + e.violatedDirective))"
-        )
-        self.page.goto(address)
-        self.page.locator("#model option").first.wait_for(state="attached")
-
-    def __enter__(self) -> "Visit":
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        self.context.close()
-        if kind is None:
-            assert self.wrong == [] and len(self.hosts - {""}) == 1
-
-    def captions(self, count: int) -> list[str]:
-        """Wait for so many cards and return their captions, the newest first."""
-        until(lambda: self.page.locator(".card").count() == count, f"{count} cards")
-        return [" ".join(text.split()) for text in self.page.locator(".card .caption").all_inner_texts()]
 
 
 @pytest.fixture

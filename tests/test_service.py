@@ -34,7 +34,7 @@ from capgen_utils.service.protection import client_key, parse_rate
 from capgen_utils.service.queueing import Batcher
 from capgen_utils.service.schemas import Options
 from capgen_utils.service.served import region
-from capgen_utils.service.uploads import scans_exceed
+from capgen_utils.service.uploads import open_upload, scans_exceed
 
 NAMES = sorted(path.name for path in PHOTOS.glob("*.jpg"))[:4]
 Pair = tuple[httpx.Client, Any]
@@ -156,6 +156,7 @@ def test_a_turned_photograph_is_captioned_upright(service: Pair) -> None:
     turned = saved("PNG", upright.transpose(Image.Transpose.ROTATE_90), exif=exif)
     found, expected = (ask(service[0], data).json()["captions"][0] for data in (turned, saved("PNG", upright)))
     assert (found["width"], found["height"]) == (48, 40) and found == expected
+    assert not open_upload(turned, 0, Limits()).info, "what else the camera noted is gone"
 
 
 def test_attention_comes_with_its_place_on_the_photograph(service: Pair, captioner: Captioner) -> None:

@@ -1,6 +1,7 @@
 """The widgets, driven from the kernel: uploads of both shapes, every way of decoding, errors shown and not thrown."""
 
 import io
+import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -219,7 +220,7 @@ def test_captioners_are_loaded_when_they_are_needed_and_once(tmp_path: Path, mon
     save_tiny_bundle(tmp_path / "b")
     loads = []
     load = Captioner.from_bundle
-    monkeypatch.setattr(Captioner, "from_bundle", lambda path: loads.append(path) or load(path, "cpu"))
+    monkeypatch.setattr(Captioner, "from_bundle", lambda path, fp32: loads.append(path) or load(path, "cpu", fp32=fp32))
     demo = demo_of(first=tmp_path / "b", broken=tmp_path / "nothing")
     demo.sample.value = "dog panting"
     assert loads == []
@@ -229,6 +230,41 @@ def test_captioners_are_loaded_when_they_are_needed_and_once(tmp_path: Path, mon
     demo.model.value = "broken"
     demo.button.click()
     assert "capgen-error" in demo.status.value and "nothing" in demo.status.value and not demo.button.disabled
+
+
+def test_features_in_fp32_are_chosen_by_a_box_and_each_choice_is_loaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_bundle(tmp_path)
+    info = json.loads((tmp_path / "config.json").read_text()) | {"extraction_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(info))
+    loads, load = [], Captioner.from_bundle
+    monkeypatch.setattr(Captioner, "from_bundle", lambda path, fp32: loads.append(fp32) or load(path, "cpu", fp32=fp32))
+    demo = demo_of(bf16=tmp_path)
+    demo.sample.value = "dog panting"
+    listed = []
+    for chosen in (False, True, False, True):
+        demo.fp32.value = chosen
+        demo.button.click()
+        assert demo.captioner().features_dtype == ("float32" if chosen else "bfloat16")
+        listed.append(demo.results.children[0].children[1].value)
+    assert loads == [False, True] and listed[:2] == listed[2:] and listed[0] != listed[1]
+    best = load(tmp_path, "cpu", fp32=True).caption(PHOTO, beam=5)[0]
+    assert captions_of(demo) == [best.text] and f"{best.log_probability:.2f}" in listed[1]
+
+
+def test_a_captioner_that_was_loaded_before_stays_as_it_is_and_the_box_says_how(tmp_path: Path) -> None:
+    save_tiny_bundle(tmp_path)
+    exact, half = tiny_captioner(), tiny_captioner()
+    half.bundle.info["extraction_dtype"] = "bfloat16"
+    demo = demo_of(half=half, exact=exact, folder=tmp_path)
+    boxes = {}
+    for name in ("half", "exact", "folder"):
+        demo.model.value = name
+        boxes[name] = (demo.fp32.value, demo.fp32.disabled)
+        assert name == "folder" or demo.captioner() is {"half": half, "exact": exact}[name]
+    assert boxes == {"half": (False, True), "exact": (True, True), "folder": (False, False)}
+    assert (half.features_dtype, exact.features_dtype) == ("bfloat16", "float32")
 
 
 def test_what_nobody_expected_stands_in_the_widget_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,8 @@ class Demo:
 
     Attributes:
         upload, sample, model, way, beam, temperature, top_k, top_p, candidates, rerank, button: what is chosen.
+        fp32: whether features are in fp32 for every captioner, as an exported one has them, and not as it was trained.
+            It cannot be chosen for a captioner that was loaded before, which stays as it is.
         status: how it went: timing, or an error.
         results: one box a photograph.
         widget: all of it.
@@ -79,6 +81,7 @@ class Demo:
         self, bundles: Mapping[str, Path | Captioner] | None = None, photos: Sequence[Path] | None = None
     ) -> None:
         self._bundles: dict[str, Path | Captioner] = dict(find_bundles() if bundles is None else bundles)
+        self._loaded: dict[tuple[str, bool], Captioner] = {}  # by name, and whether features are always in fp32
         samples = sorted(PHOTOS.glob("*.jpg")) if photos is None else photos
         self._samples = {path.stem.replace("_", " "): path for path in samples}
         self._make_controls()
@@ -88,8 +91,10 @@ class Demo:
         self.results.add_class("capgen-results")
         self.widget = ipywidgets.VBox([*self._rows(), self.status, self.results])
         self.way.observe(self._toggle, "value")
+        self.model.observe(self._toggle_fp32, "value")
         self.button.on_click(self._click)
         self._toggle()
+        self._toggle_fp32()
         if not self._bundles:
             self.status.value = error_box(
                 CapGenError("there is no trained captioner", "run a notebook that trains one, or: capgen train")
@@ -100,6 +105,7 @@ class Demo:
         self.upload = ipywidgets.FileUpload(accept="image/*", multiple=True, description="photographs")
         self.sample = ipywidgets.Dropdown(options=[NO_SAMPLE, *self._samples], description="or a sample", style=wide)
         self.model = ipywidgets.Dropdown(options=list(self._bundles), description="captioner", style=wide)
+        self.fp32 = ipywidgets.Checkbox(False, description="features always in fp32 (as exported)", indent=False)
         self.way = ipywidgets.Dropdown(options=[SEARCH, GREEDY, DRAW], description="decoding", style=wide)
         self.beam = ipywidgets.IntSlider(5, 2, 10, description="beam width", style=wide)
         self.temperature = ipywidgets.FloatSlider(
@@ -114,7 +120,7 @@ class Demo:
 
     def _rows(self) -> list[Any]:
         return [
-            ipywidgets.HBox([self.upload, self.sample, self.model]),
+            ipywidgets.HBox([self.upload, self.sample, self.model, self.fp32]),
             ipywidgets.HBox([self.way, self.candidates, self.beam, self.temperature]),
             ipywidgets.HBox([self.top_k, self.top_p, self.rerank]),
             self.button,
@@ -127,6 +133,15 @@ class Demo:
         self.candidates.disabled = self.rerank.disabled = way == GREEDY
         for control in (self.temperature, self.top_k, self.top_p):
             control.disabled = way != DRAW
+
+    def _toggle_fp32(self, change: Any = None) -> None:
+        """Let the box say how a captioner is that came loaded; off again for the next one that can be loaded so."""
+        known, was_fixed = self._bundles.get(self.model.value), self.fp32.disabled
+        self.fp32.disabled = isinstance(known, Captioner)
+        if isinstance(known, Captioner):
+            self.fp32.value = known.features_dtype == "float32"
+        elif was_fixed:
+            self.fp32.value = False
 
     def options(self) -> DecodingOptions:
         """Return what is chosen, as ``Captioner.caption`` takes it."""
@@ -164,7 +179,7 @@ class Demo:
         return found, refused
 
     def captioner(self) -> Captioner:
-        """Return the captioner that is chosen, loaded once.
+        """Return the captioner that is chosen, with the features that are chosen; each is loaded once.
 
         Raises:
             CapGenError: there is none, or it cannot be loaded.
@@ -173,10 +188,13 @@ class Demo:
         if name is None:
             raise CapGenError("there is no trained captioner", "run a notebook that trains one, or: capgen train")
         known = self._bundles[name]
-        if not isinstance(known, Captioner):
+        if isinstance(known, Captioner):
+            return known
+        chosen = (name, self.fp32.value)
+        if chosen not in self._loaded:
             self.status.value = paragraph(f"loading {name} ...")
-            known = self._bundles[name] = Captioner.from_bundle(known)
-        return known
+            self._loaded[chosen] = Captioner.from_bundle(known, fp32=self.fp32.value)
+        return self._loaded[chosen]
 
     def _click(self, button: Any = None) -> None:
         self.button.disabled = True
