@@ -285,7 +285,11 @@ def test_bundles_are_found_where_they_ship_and_where_they_are_trained(
 ) -> None:
     monkeypatch.setenv("CAPGEN_DATA", str(tmp_path))
     save_tiny_bundle(tmp_path / "runs" / "mine_transformer" / "bundle")
+    (tmp_path / "runs" / "mine_transformer" / "checkpoint.safetensors").touch()
+    shipped = next(name for name in widgets.find_bundles() if name.startswith("shapes_"))
+    save_tiny_bundle(tmp_path / "runs" / shipped / "bundle")  # as notebooks put it there that do not train
     found = widgets.find_bundles()
+    assert f"{shipped} (trained here)" not in found and found[shipped].parent != tmp_path / "runs" / shipped
     assert found["mine_transformer (trained here)"] == tmp_path / "runs" / "mine_transformer" / "bundle"
     if (DEFAULT_BUNDLE / "config.json").is_file():
         assert next(iter(found.values())) == DEFAULT_BUNDLE

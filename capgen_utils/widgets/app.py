@@ -55,7 +55,9 @@ def find_bundles() -> dict[str, Path]:
     trained = sorted(data_dir().glob("runs/*/bundle/config.json"))
     found = {path.parent.name: path.parent for path in shipped}
     for path in trained:
-        found.setdefault(f"{path.parent.parent.name} (trained here)", path.parent)
+        run = path.parent.parent
+        here = (run / "checkpoint.safetensors").is_file()  # else it may be what ships, put in the place of training
+        found.setdefault(f"{run.name} (trained here)" if here else run.name, path.parent)
     return dict(sorted(found.items(), key=lambda pair: pair[1] != DEFAULT_BUNDLE))
 
 
