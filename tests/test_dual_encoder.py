@@ -449,7 +449,9 @@ def test_a_checkpoint_in_the_hubs_layout_loads_strictly(hub_folder: Path, tmp_pa
     }
     save_file(stored | places, old / "model.safetensors", {"format": "pt"})
     again = DualEncoder.from_pretrained(old, tiny_tokenizer())
-    assert torch.equal(again.embed_images(PHOTO), dual.embed_images(PHOTO))
+    assert all(torch.equal(value, stored[key]) for key, value in again.clip.state_dict().items())
+    # Not to the bit: where weights lie in memory decides on some processors in which order they are added.
+    torch.testing.assert_close(again.embed_images(PHOTO), dual.embed_images(PHOTO))
 
 
 @pytest.mark.parametrize(
