@@ -222,6 +222,17 @@ def test_results_in_the_repository_are_complete(path: Path) -> None:
         assert "pointing" in result or result["protocol"]["dataset"] != "shapes", "the places of things are known"
 
 
+BARS = {"show_tell": 16, "attend_tell": 19, "transformer": 18, "clip_prefix": 14, "clip_gpt2": 18}  # BLEU-4, Flickr8k
+
+
+@pytest.mark.parametrize("model", BARS)
+def test_results_reach_what_the_course_promises(model: str) -> None:
+    drawn = read_result(ROOT / "results" / f"shapes_{model}.json")
+    assert drawn["scores"]["true"] >= (0.90 if model == "clip_prefix" else 0.95)
+    assert drawn["scores"]["true_shuffled"] <= 0.15 and drawn["training_run"]["minutes"] < 3
+    assert read_result(ROOT / "results" / f"flickr8k_{model}.json")["scores"]["BLEU-4"] >= BARS[model]
+
+
 def test_the_rules_for_attention_see_what_they_should() -> None:
     paths = [path for path in RESULTS if path.name.endswith("_attention.json")]
     result = json.loads(paths[0].read_text(encoding="utf-8"))

@@ -23,9 +23,9 @@ from capgen_utils.features import find_cache
 pytestmark = pytest.mark.slow
 
 
-# All but one reach 95 %, the LSTM that reads the image once by so little that another processor may round it away.
-# CLIP prefix sees one vector: it reaches 90 %.
-TRUE = {"show_tell": 0.93, "clip_prefix": 0.85}
+# What the results files say is held to 95 %, and 90 % for CLIP prefix, which sees one vector (tests/test_results.py).
+# Training anew may fall a little below where that is close: sums depend on the processor and on where tensors lie.
+TRUE = {"show_tell": 0.93, "attend_tell": 0.94, "clip_prefix": 0.85}
 
 
 @pytest.fixture(scope="session")
