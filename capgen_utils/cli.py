@@ -377,7 +377,7 @@ def _add_course(commands: Any) -> None:
     parser.add_argument(
         "--no-train",
         action="store_true",
-        help="train nothing: take the captioners that ship (minutes instead of an hour)",
+        help="train nothing where a trained captioner ships: minutes",
     )
 
 

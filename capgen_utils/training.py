@@ -367,7 +367,7 @@ class Trainer:
         self.progress = Progress(
             epoch=run["epochs"], step=info["step"], best=info["dev"].get("BLEU-4", 0.0), done=True,
             best_loss=info["dev"]["dev_loss"], best_epoch=run["best_epoch"] - 1, seconds=60 * run["minutes"],
-            history=[json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else [],
+            history=[json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else [],
         )  # fmt: skip
         tqdm.write(f"nothing is trained: {self.folder / 'bundle'} is there")
 
