@@ -155,21 +155,31 @@ def announce(preset: str, train: bool = True) -> None:
         train: train what has not been trained; else take the captioners that ship, where there are any.
 
     Raises:
-        CapGenError: no such preset; its images can be neither found nor downloaded; or what ships does not fit what
-            was trained here.
+        CapGenError: no such preset, or its images can be neither found nor downloaded.
     """
     place = host()
     for line in describe(preset, place) if place is not None else ():
         print(line)
+    _return_to_own_data()
     os.environ.pop("CAPGEN_TRAIN", None)
     if not train:
         os.environ["CAPGEN_TRAIN"] = "0"  # for the package, and for programs that notebooks start
-        print(_take_shipped(preset))
+        print(without_training(preset))
     if place is not None:
         find_images(preset)
 
 
-def _take_shipped(preset: str) -> str:
+def _return_to_own_data() -> None:
+    """Undo what an earlier run of the cell did where it took what ships."""
+    from capgen_utils.config import data_dir, own_data_dir
+
+    if data_dir() != own_data_dir():
+        os.environ["CAPGEN_DATA"] = str(own_data_dir())
+
+
+def without_training(preset: str) -> str:
+    """Put what ships for a preset where training would have put it; returns which captioners need no training now."""
+    from capgen_utils.config import APART, data_dir
     from capgen_utils.presets import get_preset
     from capgen_utils.shipping import take_shipped
 
@@ -178,6 +188,8 @@ def _take_shipped(preset: str) -> str:
     missing = [model for model in chosen.models if model not in found]
     parts = [f"ready without training: {', '.join(found)}"] if found else []
     parts += [f"not among what ships for {chosen.name}: {', '.join(missing)}"] if missing else []
+    if data_dir().name == APART:
+        parts.append(f"what was trained here started from another encoder; what ships lies apart, in {data_dir()}")
     return "; ".join(parts)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # functions import it themselves: what runs without torch rea
     import torch
 
 Config = TypeVar("Config")
+APART = "shipped-models"  # a data folder in the data folder, for what ships where it does not fit what was trained
 LARGEST_BEAM = 100  # hypotheses an image; memory grows with it, captions stop changing long before
 
 
@@ -316,6 +317,12 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
 def data_dir() -> Path:
     """Return the folder for downloads, features and runs: ``CAPGEN_DATA``, or ``data/`` of the repository."""
     return Path(os.environ.get("CAPGEN_DATA") or REPOSITORY / "data").expanduser()
+
+
+def own_data_dir() -> Path:
+    """Return the reader's own data folder, also while ``data_dir`` is the one in it where what ships lies apart."""
+    folder = data_dir()
+    return folder.parent if folder.name == APART else folder
 
 
 def train_anew() -> bool:

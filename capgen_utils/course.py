@@ -19,6 +19,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from tqdm.auto import tqdm
 
+from capgen_utils.bootstrap import without_training
 from capgen_utils.config import data_dir
 from capgen_utils.files import CapGenError, write_text
 from capgen_utils.machine import REPOSITORY
@@ -70,6 +71,8 @@ def run_course(preset: str, output: Path, only: str | None = None, keep: bool = 
         CapGenError: no such preset, or no notebook of that number.
     """
     chosen = get_preset(preset).name
+    if not train:
+        print(without_training(chosen))
     outcomes = []
     for path in find_notebooks(only, solutions=keep):
         outcome = run_notebook(path, chosen, output, keep, train)

@@ -3,6 +3,7 @@
 For maintainers: ``make bundles`` writes those of ``shapes`` from their finished runs.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from capgen_utils.checkpoint import load_bundle, save_bundle
-from capgen_utils.config import data_dir
+from capgen_utils.config import APART, data_dir
 from capgen_utils.contrastive import dual_encoder_folder
-from capgen_utils.files import CapGenError, atomic_path, read_json
+from capgen_utils.files import atomic_path, read_json
 from capgen_utils.language import MINI, mini_folder, run_folder
 from capgen_utils.machine import REPOSITORY
 from capgen_utils.presets import SMALL_CLIP, Preset, get_preset
@@ -23,6 +24,7 @@ from capgen_utils.tensors import round_to_bytes, rounded, save_tensors
 
 SHIPPED = REPOSITORY / "data" / "bundles"
 LOG = "log.jsonl"
+WEIGHTS = "model.safetensors"
 LANGUAGE_MODEL = "language_model"  # in the bundle of the captioner that began with it
 
 
@@ -76,8 +78,8 @@ def ship(preset: Preset, shipped: Path = SHIPPED) -> list[Path]:
 def _ship_language_model(folder: Path, target: Path) -> None:
     """Write a language model with its log, rounded as the captioner is that began with it; the library reads it."""
     _copy(folder, target)
-    weights = load_file(folder / "model.safetensors")
-    with atomic_path(target / "model.safetensors") as temporary:
+    weights = load_file(folder / WEIGHTS)
+    with atomic_path(target / WEIGHTS) as temporary:
         save_tensors(temporary, {name: rounded(tensor) for name, tensor in weights.items()}, {"format": "pt"})
     _copy(run_folder(folder) / LOG, target / LOG)
 
@@ -93,7 +95,8 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
     """Put what ships for a preset where training would have put it: captioners, and what they start from.
 
     What has been trained here stays; notebooks and ``capgen train`` find the rest as finished runs where
-    ``CAPGEN_TRAIN`` is 0.
+    ``CAPGEN_TRAIN`` is 0. What ships rests on its own encoder: where another one was trained here, it lies apart, in a
+    data folder of its own, which ``CAPGEN_DATA`` names from then on.
 
     Args:
         preset: whose captioners, encoder, small CLIP and language model are wanted.
@@ -101,18 +104,20 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
 
     Returns:
         The names of the captioners that are in place now and ship.
-
-    Raises:
-        CapGenError: an encoder or a CLIP was trained here that the captioners that ship do not know.
     """
     found = [model for model in preset.models if _stands_in(shipped / f"{preset.name}_{model}" / "config.json")]
+    if any(_is_another(*pair) for pair in _starting_points(preset, found, shipped)):
+        if all(_is_trained(preset, model) for model in found):
+            return found
+        os.environ["CAPGEN_DATA"] = str(data_dir() / APART)
     for source, target in _starting_points(preset, found, shipped):
-        _place(source, target)
+        if not (target / WEIGHTS).is_file():
+            _copy(source, target)
         if (source / LOG).is_file() and not run_folder(target).exists():
             _copy(source / LOG, run_folder(target) / LOG)
     for model in found:
         bundle, run = shipped / f"{preset.name}_{model}", _run(preset, model)
-        if not (run / "bundle" / "config.json").is_file():
+        if not _is_trained(preset, model):
             if (bundle / LOG).is_file():
                 _copy(bundle / LOG, run / LOG)
             _copy(bundle, run / "bundle")
@@ -139,18 +144,15 @@ def _starting_points(preset: Preset, models: list[str], shipped: Path) -> Iterat
             yield encoder.parent / LANGUAGE_MODEL, mini_folder(preset)
 
 
-def _place(source: Path, target: Path) -> None:
-    """Copy a folder of weights, unless it is there already.
+def _is_trained(preset: Preset, model: str) -> bool:
+    return (_run(preset, model) / "bundle" / "config.json").is_file()
 
-    Raises:
-        CapGenError: another one is there.
-    """
-    if not (target / "model.safetensors").is_file():
-        return _copy(source, target)
-    remedy = "train the captioners too (TRAIN = True), or choose another data folder (CAPGEN_DATA)"
-    hashes = [read_json(folder / "config.json", remedy).get("weights_hash") for folder in (source, target)]
-    if hashes[0] != hashes[1]:
-        raise CapGenError(f"{target} was trained here, and the captioners that ship know another one", remedy)
+
+def _is_another(source: Path, target: Path) -> bool:
+    """Whether a folder of weights is there already, and holds other weights."""
+    remedy = "delete this folder; it is copied or trained again"
+    present = [folder for folder in (source, target) if (folder / WEIGHTS).is_file()]
+    return len({read_json(folder / "config.json", remedy).get("weights_hash") for folder in present}) > 1
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -43,10 +43,19 @@ def test_the_kernel_is_this_python_with_the_preset_and_the_data_folder(folder: P
 
 
 @pytest.mark.parametrize(("train", "told"), [(True, "1"), (False, "0")])
-def test_the_kernel_is_told_whether_to_train(folder: Path, tmp_path: Path, train: bool, told: str) -> None:
+def test_the_kernel_is_told_whether_to_train(
+    folder: Path,
+    tmp_path: Path,
+    train: bool,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CAPGEN_DATA", str(tmp_path / "data"))
     path = write_notebook(folder / "00_a.ipynb", "import os\nprint(os.environ['CAPGEN_TRAIN'])")
     course.run_course("shapes", tmp_path / "pages", train=train)
     assert f"<pre>{told}" in (tmp_path / "pages" / "00_a.html").read_text()
+    assert ("shapes_transformer" in capsys.readouterr().out) is not train, "what ships is in the table at the end"
     assert not nbformat.read(path, 4).cells[1].outputs
 
 

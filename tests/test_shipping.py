@@ -1,6 +1,7 @@
 """Bundles written small, and captioners that ship in the place of training."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from capgen_utils import bootstrap
 from capgen_utils.captioner import Captioner
 from capgen_utils.checkpoint import load_bundle, save_bundle
 from capgen_utils.cli import main
+from capgen_utils.config import APART, data_dir, own_data_dir
 from capgen_utils.dual_encoder import DualEncoder
 from capgen_utils.files import CapGenError
 from capgen_utils.presets import PRESETS, Preset, Recipe
@@ -235,14 +237,34 @@ def test_what_ships_is_put_where_training_would_put_it(data: Path, monkeypatch: 
     assert mine.read_text().endswith(" "), "what is there stays"
 
 
-def test_another_encoder_that_was_trained_here_is_not_mixed_with_what_ships(data: Path) -> None:
+def _another_encoder(data: Path) -> None:
     take_shipped(PRESETS["shapes"])
     path = data / "encoders" / "shapes_cnn" / "config.json"
     path.write_text(path.read_text().replace(json.loads(path.read_text())["weights_hash"], "0" * 16))
-    shutil.rmtree(data / "runs")
-    with pytest.raises(CapGenError, match="was trained here, and the captioners that ship know another one"):
-        take_shipped(PRESETS["shapes"])
-    assert not (data / "runs").exists()
+
+
+def test_what_ships_lies_apart_where_another_encoder_was_trained(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CAPGEN_TRAIN", "1")
+    _another_encoder(data)
+    shutil.rmtree(data / "runs" / "shapes_transformer")
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*") if path.is_file()}
+    for _ in range(2):  # the cell may be run again
+        bootstrap.announce("shapes", train=False)
+        assert f"another encoder; what ships lies apart, in {data / APART}" in capsys.readouterr().out
+        assert data_dir() == data / APART and own_data_dir() == data
+    assert (data_dir() / "runs" / "shapes_transformer" / "bundle" / "config.json").is_file()
+    assert load_bundle(data_dir() / "runs" / "shapes_attend_tell" / "bundle").info["encoder"]["name"] == "shapes_cnn"
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was trained here stays as it is"
+    bootstrap.announce("shapes")
+    assert data_dir() == data and "CAPGEN_TRAIN" not in os.environ
+
+
+def test_who_has_trained_all_captioners_needs_nothing_that_ships(data: Path) -> None:
+    _another_encoder(data)
+    assert take_shipped(PRESETS["shapes"]) == list(PRESETS["shapes"].models)
+    assert data_dir() == data and not (data / APART).exists()
 
 
 def test_what_does_not_ship_is_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
