@@ -12,6 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from capgen_utils.files import CapGenError
 from capgen_utils.plots.style import PALETTE, new_figure
 
+_ON_LINES: Any = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}  # keeps text legible on a line
+
 # --- distributions --------------------------------------------------------------------------------------------------
 
 
@@ -28,7 +30,7 @@ def length_histogram(lengths: Sequence[int], limit: int | None = None) -> Figure
     ax.set_ylim(0, 1.3 * counts.max())  # room for the legend
     ax.set(xlabel="words in a caption", ylabel="captions", title="How long are captions?")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(frameon=False)
+    ax.legend(edgecolor="none", framealpha=0.9)  # the line of ``limit`` may lie under it
     return figure
 
 
@@ -74,7 +76,7 @@ def interval_bars(
         chance: what guessing scores, a dashed line: one for all panels, or metric -> value.
     """
     metrics = list(metrics or next(iter(rows.values())))
-    figure, axes = new_figure(1, len(metrics), (3.0 + 3.1 * len(metrics), 0.34 * len(rows) + 1.2))
+    figure, axes = new_figure(1, len(metrics), (3.0 + 3.1 * len(metrics), 0.34 * len(rows) + 1.35))
     for place, (ax, metric) in enumerate(zip(axes, metrics, strict=True)):
         values = np.array([rows[name].get(metric, (np.nan,) * 3) for name in rows])  # (rows, 3)
         middle, low, high = values.T
@@ -92,7 +94,7 @@ def interval_bars(
         ax.invert_yaxis()
         ax.margins(x=0.2)
         ax.grid(axis="y", visible=False)
-        label = (xlabel or metric) + (f" (dashed: chance {line:.2g})" if line is not None else "")
+        label = (xlabel or metric) + (f"\n(dashed: chance {line:.2g})" if line is not None else "")
         ax.set(xlabel=label, title=metric if xlabel else "")
         if place:
             ax.set_yticks(range(len(rows)), [""] * len(rows))
@@ -138,7 +140,7 @@ def learning_curves(runs: Mapping[str, Path]) -> Figure:
         if points:
             best = int(np.argmax(points))
             at = (seen[best], points[best])
-            score.annotate(f"{points[best]:.1f}", at, (0, 6), textcoords="offset points", ha="center")
+            score.annotate(f"{points[best]:.1f}", at, (0, 6), textcoords="offset points", ha="center", bbox=_ON_LINES)
     loss.set(xlabel="epoch", ylabel="loss (nats a token)", title="Loss")
     score.set(xlabel="epoch", ylabel="BLEU-4", title="BLEU-4 of greedy captions, dev images")
     score.margins(y=0.15)
