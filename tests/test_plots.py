@@ -135,7 +135,7 @@ def test_intervals_are_drawn_around_values_beside_chance() -> None:
     rows = {"ours": {"A": (0.5, 0.4, 0.7), "B": (2.0, 1.0, 3.0)}, "theirs": {"A": (0.2, 0.1, 0.3)}}
     figure = plots.interval_bars(rows, xlabel="score", chance={"A": 0.25})
     left, right = figure.axes
-    assert labelled_x(figure) == ["score (dashed: chance 0.25)", "score"]
+    assert labelled_x(figure) == ["score\n(dashed: chance 0.25)", "score"]
     assert [ax.get_title() for ax in figure.axes] == ["A", "B"]
     assert [text.get_text() for text in left.texts] == ["0.50", "0.20"] and len(right.texts) == 1, "a row may lack one"
     ends = [segment[:, 0].tolist() for segment in left.collections[0].get_segments()]

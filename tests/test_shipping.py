@@ -210,6 +210,7 @@ def test_finished_runs_are_shipped_and_what_was_shipped_is_not_shipped_again(
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CAPGEN_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("CAPGEN_TRAIN", "1")  # what the first cell sets ends with the test
     return tmp_path / "data"
 
 
@@ -219,9 +220,8 @@ def test_all_five_shapes_captioners_ship_and_are_small() -> None:
         assert files and sum(path.stat().st_size for path in files) <= 3_000_000, model
 
 
-def test_what_ships_is_put_where_training_would_put_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ships_is_put_where_training_would_put_it(data: Path) -> None:
     shapes = PRESETS["shapes"]
-    monkeypatch.setenv("CAPGEN_TRAIN", "1")
     bootstrap.announce("shapes", train=False)
     for model in shapes.models:
         run = data / "runs" / f"shapes_{model}"
@@ -244,9 +244,8 @@ def _another_encoder(data: Path) -> None:
 
 
 def test_what_ships_lies_apart_where_another_encoder_was_trained(
-    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("CAPGEN_TRAIN", "1")
     _another_encoder(data)
     shutil.rmtree(data / "runs" / "shapes_transformer")
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*") if path.is_file()}
