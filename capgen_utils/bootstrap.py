@@ -179,7 +179,7 @@ def _return_to_own_data() -> None:
 
 def without_training(preset: str) -> str:
     """Put what ships for a preset where training would have put it; returns which captioners need no training now."""
-    from capgen_utils.config import APART, data_dir
+    from capgen_utils.config import data_dir, own_data_dir
     from capgen_utils.presets import get_preset
     from capgen_utils.shipping import take_shipped
 
@@ -188,7 +188,7 @@ def without_training(preset: str) -> str:
     missing = [model for model in chosen.models if model not in found]
     parts = [f"ready without training: {', '.join(found)}"] if found else []
     parts += [f"not among what ships for {chosen.name}: {', '.join(missing)}"] if missing else []
-    if data_dir().name == APART:
+    if data_dir() != own_data_dir():
         parts.append(f"what was trained here started from another encoder; what ships lies apart, in {data_dir()}")
     return "; ".join(parts)
 

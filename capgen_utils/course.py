@@ -70,11 +70,11 @@ def run_course(preset: str, output: Path, only: str | None = None, keep: bool = 
     Raises:
         CapGenError: no such preset, or no notebook of that number.
     """
-    chosen = get_preset(preset).name
+    chosen, notebooks = get_preset(preset).name, find_notebooks(only, solutions=keep)
     if not train:
         print(without_training(chosen))
     outcomes = []
-    for path in find_notebooks(only, solutions=keep):
+    for path in notebooks:
         outcome = run_notebook(path, chosen, output, keep, train)
         outcomes.append(outcome)
         print(f"{'FAILED' if outcome.error else 'ok':6s} {outcome.seconds:7.1f} s  {path.name}")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from capgen_utils.checkpoint import load_bundle, save_bundle
-from capgen_utils.config import APART, data_dir
+from capgen_utils.config import APART, data_dir, own_data_dir
 from capgen_utils.contrastive import dual_encoder_folder
 from capgen_utils.files import atomic_path, read_json
 from capgen_utils.language import MINI, mini_folder, run_folder
@@ -109,7 +109,7 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
     if any(_is_another(*pair) for pair in _starting_points(preset, found, shipped)):
         if all(_is_trained(preset, model) for model in found):
             return found
-        os.environ["CAPGEN_DATA"] = str(data_dir() / APART)
+        os.environ["CAPGEN_DATA"] = str(own_data_dir() / APART)
     for source, target in _starting_points(preset, found, shipped):
         if not (target / WEIGHTS).is_file():
             _copy(source, target)
