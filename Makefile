@@ -83,8 +83,9 @@ course: $(STAMP) ## the whole course in small; TRAIN=0 takes the captioners that
 test: lint ## ruff, mypy and all tests
 	$(RUN) -m pytest
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy and the order of the folders
 	$(RUN) -m ruff check .
+	$(VENV)/bin/lint-imports
 	$(RUN) -m mypy
 
 bench: $(STAMP) ## measure speed and memory
@@ -109,10 +110,10 @@ notebooks: $(STAMP) ## run every notebook from the first cell to the last
 	$(RUN) -m capgen_utils course --keep
 
 bundles: $(STAMP) ## write the trained captioners of drawn scenes small, into data/bundles
-	$(RUN) -m capgen_utils.shipping
+	$(RUN) -m capgen_utils.apps.authoring.ship
 
 first-cells: $(STAMP) ## write the first cell and the badges into all notebooks and README.md
-	$(RUN) -m capgen_utils.stamping
+	$(RUN) -m capgen_utils.apps.authoring.stamping
 
 clean: ## delete caches and build outputs; .venv and data stay
 	rm -rf build dist *.egg-info course-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

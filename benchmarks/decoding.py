@@ -1,9 +1,11 @@
-"""Our decoder beside the transformers library's ``generate``: one GPT-2, the same captions, captions per second.
+"""Our decoder beside the transformers library's ``generate``: one GPT-2, the same captions,
+captions per second.
 
-The GPT-2 is the language half of the CLIP + GPT-2 that the course trains on Flickr8k, with as many tokens as Flickr8k
-uses of GPT-2's table. It learns made-up captions until it ends them by itself. A token in the place of the start token
-stands for the image. Five captions of an image differ by synonyms and by words left out; their lengths are spread like
-those that the captioner in data/ gives Flickr8k's captions.
+The GPT-2 is the language half of the CLIP + GPT-2 that the course trains on Flickr8k, with as many
+tokens as Flickr8k uses of GPT-2's table. It learns made-up captions until it ends them by itself. A
+token in the place of the start token stands for the image. Five captions of an image differ by
+synonyms and by words left out; their lengths are spread like those that the captioner in data/
+gives Flickr8k's captions.
 """
 
 import random
@@ -15,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capgen_utils.config import DecodingConfig, choose_device, choose_dtype
-from capgen_utils.decoding import Specials, decode
+from capgen_utils.common.device import choose_device, choose_dtype
+from capgen_utils.config import DecodingConfig
+from capgen_utils.decoding.captions import Specials
+from capgen_utils.decoding.search import decode
 from capgen_utils.models.base import IGNORED, Memory, SharedState
 from capgen_utils.models.clip_gpt2 import Gpt2Decoder, gpt2_config
 from capgen_utils.presets import PRESETS
@@ -67,7 +71,9 @@ def made_up_captions(generator: random.Random) -> list[list[int]]:
         length = min(max(round(generator.gauss(*LENGTHS)), 4), LONGEST - 4)
         meant = [WORD + 2 * generator.randrange(150) for _ in range(length)]
         for _ in range(5):
-            said = [word + (generator.random() < 0.3) for word in meant if generator.random() < 0.95]
+            said = [
+                word + (generator.random() < 0.3) for word in meant if generator.random() < 0.95
+            ]
             rows.append([IMAGE + image, *said, END])
     return rows
 
@@ -80,7 +86,9 @@ def learn(device: torch.device) -> TokenGpt2:
     config = replace(PRESETS["flickr8k"].recipe("clip_gpt2").config, dropout=0.0)
     model = TokenGpt2(config, VOCABULARY, WORD).to(device)
     with torch.no_grad():
-        model.gpt2.wte.weight[IMAGE : IMAGE + IMAGES] *= 10  # easy to tell apart from the first step on
+        model.gpt2.wte.weight[IMAGE : IMAGE + IMAGES] *= (
+            10  # easy to tell apart from the first step on
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 10)
     for _ in range(LEARNING):
@@ -99,14 +107,18 @@ def learn(device: torch.device) -> TokenGpt2:
 
 def padded(rows: list[list[int]]) -> Tensor:
     """Return rows of different lengths as one tensor, filled up with -1."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=-1
+    )
 
 
 def library_model(own: TokenGpt2) -> Any:
     """Return the library's GPT-2 with the same weights."""
     from transformers import GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(gpt2_config(own.config, VOCABULARY, eos_token_id=END, pad_token_id=END)).eval()
+    model = GPT2LMHeadModel(
+        gpt2_config(own.config, VOCABULARY, eos_token_id=END, pad_token_id=END)
+    ).eval()
     model.transformer.load_state_dict(own.gpt2.state_dict())
     model.tie_weights()
     return model.to(own.gpt2.wte.weight.device)
@@ -127,9 +139,15 @@ def librarys(model: Any, images: Tensor, beam: int, fixed: bool) -> list[list[in
     options = {"min_new_tokens": LONGEST - 1} if fixed else {}
     with torch.inference_mode():
         out = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LONGEST, do_sample=False,
-            num_beams=beam, length_penalty=1.0, early_stopping=False, **options,
-        )  # fmt: skip
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=LONGEST,
+            do_sample=False,
+            num_beams=beam,
+            length_penalty=1.0,
+            early_stopping=False,
+            **options,
+        )
     return [row[: row.index(END)] if END in row else row for row in out[:, 1:].tolist()]
 
 
@@ -144,7 +162,9 @@ def best_of(*works: Callable[[], Any]) -> list[float]:
     return best
 
 
-def compare(model: TokenGpt2, library: Any, images: Tensor, beam: int, fixed: bool = False) -> dict[str, Any]:
+def compare(
+    model: TokenGpt2, library: Any, images: Tensor, beam: int, fixed: bool = False
+) -> dict[str, Any]:
     """Return both rates, their ratio, and how many captions are equal."""
     own, other = ours(model, images, beam, fixed), librarys(library, images, beam, fixed)
     seconds, library_seconds = best_of(
@@ -161,12 +181,17 @@ def compare(model: TokenGpt2, library: Any, images: Tensor, beam: int, fixed: bo
 
 
 def bench_library() -> dict[str, Any]:
-    """Captions per second of both decoders: greedy and beam 5, a batch and one image, ended and of fixed length."""
+    """Captions per second of both decoders: greedy and beam 5, a batch and one image, ended and of
+    fixed length."""
     device = choose_device()
     model = learn(device)
     library = library_model(model)
     images = torch.arange(IMAGE, IMAGE + IMAGES, device=device)
-    results: dict[str, Any] = {"dtype": "float32", "batch": IMAGES, "threads": torch.get_num_threads()}
+    results: dict[str, Any] = {
+        "dtype": "float32",
+        "batch": IMAGES,
+        "threads": torch.get_num_threads(),
+    }
     for name, beam in (("greedy", 1), ("beam_5", 5)):
         results[name] = compare(model, library, images, beam)
         results[f"{name}_fixed_length"] = compare(model, library, images, beam, fixed=True)

@@ -1,4 +1,5 @@
-"""``make demo-picture``: drives the demo in a real browser, as an app of Voilà, and keeps results/demo.png.
+"""``make demo-picture``: drives the demo in a real browser, as an app of Voilà, and keeps
+results/demo.png.
 
 The tests drive JupyterLab with the same functions.
 """
@@ -23,10 +24,18 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = REPOSITORY / "notebooks"
 PICTURE = REPOSITORY / "results" / "demo.png"
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
 _KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"  # of the notebook in front
 START, ANSWER = 180, 300  # seconds for a server or a kernel to start, and for a caption
-LARGEST = 200 * 1024 * 1024  # bytes of a message: uploads come as one, and the default of 10 MB is too little
+LARGEST = (
+    200 * 1024 * 1024
+)  # bytes of a message: uploads come as one, and the default of 10 MB is too little
 
 
 def free_port() -> int:
@@ -38,20 +47,32 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(command: list[str], folder: Path, **env: str) -> Iterator[str]:
-    """Run a server of notebooks below ``folder`` and yield its address; ``{port}`` in the command is filled in.
+    """Run a server of notebooks below ``folder`` and yield its address; ``{port}`` in the command
+    is filled in.
 
     Raises:
         RuntimeError: it ended, or did not answer; with the end of what it said.
     """
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    own = {"JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime")}
-    full = os.environ | own | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"} | env
+    own = {
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+    }
+    full = (
+        os.environ
+        | own
+        | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        | env
+    )
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
-            [sys.executable, *(part.replace("{port}", str(port)) for part in command)], cwd=folder, env=full,
-            stdout=said, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, *(part.replace("{port}", str(port)) for part in command)],
+            cwd=folder,
+            env=full,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
         try:
             for _ in range(2 * START):
                 if process.poll() is not None or answers(address):
@@ -79,8 +100,17 @@ def answers(address: str) -> bool:
 
 def lab(folder: Path) -> contextlib.AbstractContextManager[str]:
     """Serve ``folder`` in JupyterLab, for this machine alone."""
-    settings = ["--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--no-browser"]
-    settings += ["--allow-root", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}"]
+    settings = [
+        "--ServerApp.port={port}",
+        "--ServerApp.ip=127.0.0.1",
+        "--IdentityProvider.token=",
+        "--no-browser",
+    ]
+    settings += [
+        "--allow-root",
+        "--LabApp.expose_app_in_browser=True",
+        f"--ServerApp.root_dir={folder}",
+    ]
     return serving(["-m", "jupyterlab", *settings], folder)
 
 
@@ -105,13 +135,16 @@ def browser_page(executable: str, **context: Any) -> Iterator[Any]:
 
 
 def up_to(notebook: Path, text: str, target: Path) -> Path:
-    """Write a notebook to ``target``, without outputs, as far as the first code cell that holds ``text``.
+    """Write a notebook to ``target``, without outputs, as far as the first code cell that holds
+    ``text``.
 
     Raises:
         ValueError: no cell does.
     """
     whole = nbformat.read(notebook, as_version=4)
-    last = next((i for i, c in enumerate(whole.cells) if c.cell_type == "code" and text in c.source), None)
+    last = next(
+        (i for i, c in enumerate(whole.cells) if c.cell_type == "code" and text in c.source), None
+    )
     if last is None:
         raise ValueError(f"{notebook.name} has no cell with {text!r}")
     whole.cells = whole.cells[: last + 1]
@@ -127,7 +160,9 @@ def run_in_lab(page: Any, address: str, name: str) -> None:
     page.goto(f"{address}/lab/tree/{name}?reset")
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
     page.wait_for_function(f"() => {_KERNEL}?.status === 'idle'")
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")  # and does not wait for it
+    page.evaluate(
+        "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
+    )  # and does not wait for it
 
 
 def choose_files(page: Any, *files: str | dict[str, Any]) -> None:
@@ -162,7 +197,7 @@ def step(page: Any) -> tuple[str, str]:
 
 def keep(png: bytes, target: Path) -> None:
     """Store a screenshot with 256 colours: a quarter of the size, and nobody sees it."""
-    from capgen_utils.files import atomic_path
+    from capgen_utils.common.files import atomic_path
 
     with Image.open(io.BytesIO(png)) as image, atomic_path(target) as temporary:
         image.convert("RGB").quantize(256).save(temporary, "PNG", optimize=True)
@@ -180,7 +215,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         notebook = Path(shutil.copy(NOTEBOOKS / "demo.ipynb", temporary))
         size = {"width": 1000, "height": 1230}
-        with voila(notebook, Path(temporary)) as address, browser_page(executable, viewport=size) as page:
+        with (
+            voila(notebook, Path(temporary)) as address,
+            browser_page(executable, viewport=size) as page,
+        ):
             page.goto(address)
             page.locator(".capgen-go").wait_for()
             choose_files(page, str(REPOSITORY / "data" / "photos" / "hikers_on_dune.jpg"))

@@ -1,8 +1,11 @@
-"""Load on a real ``capgen serve``: bounded clients on this machine, each of which knows what its caption has to be.
+"""Load on a real ``capgen serve``: bounded clients on this machine, each of which knows what its
+caption has to be.
 
-Every client asks for one photograph after another and compares the answer with what ``Captioner`` says of the file.
-First one client, then many, for the same time: what batches of requests that meet by chance gain over one at a time.
-Then the process is killed without warning in the middle of the load, started again, and has to answer as before.
+Every client asks for one photograph after another and compares the answer with what ``Captioner``
+says of the file.
+First one client, then many, for the same time: what batches of requests that meet by chance gain
+over one at a time. Then the process is killed without warning in the middle of the load, started
+again, and has to answer as before.
 """
 
 import argparse
@@ -42,7 +45,17 @@ class Server:
     """
 
     def __init__(self, bundle: Path | None = None, arguments: Sequence[str] = ()) -> None:
-        command = [sys.executable, "-m", "capgen_utils", "serve", "--port", "0", "--rate-limit", "none", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "capgen_utils",
+            "serve",
+            "--port",
+            "0",
+            "--rate-limit",
+            "none",
+            *arguments,
+        ]
         command += ["--bundle", str(bundle)] if bundle else []
         env = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
@@ -96,12 +109,15 @@ class Tally:
 
 
 def expected_captions(bundle: Path | None, options: dict[str, str]) -> dict[str, str]:
-    """Return what the captioner says of each sample photograph, by file name; one at a time, without the service."""
+    """Return what the captioner says of each sample photograph, by file name; one at a time,
+    without the service."""
     from capgen_utils import Captioner
 
     captioner = Captioner.from_bundle(bundle)
     given: Any = {name: int(value) for name, value in options.items()}
-    return {path.name: captioner.caption(path, **given)[0].text for path in sorted(PHOTOS.glob("*.jpg"))}
+    return {
+        path.name: captioner.caption(path, **given)[0].text for path in sorted(PHOTOS.glob("*.jpg"))
+    }
 
 
 def load(
@@ -162,7 +178,8 @@ def for_seconds(seconds: float) -> Callable[[], bool]:
 
 
 def for_requests(count: int, at_last: Callable[[], None] = lambda: None) -> Callable[[], bool]:
-    """Return a function that is true so many times, all threads together, and then calls ``at_last`` once."""
+    """Return a function that is true so many times, all threads together, and then calls
+    ``at_last`` once."""
     numbers = itertools.count()
 
     def going() -> bool:
@@ -198,7 +215,11 @@ def figures(tally: Tally, seconds: float, clients: int) -> dict[str, Any]:
 
 
 def timed(
-    server: Server, expected: dict[str, str], options: dict[str, str], clients: int, going: Callable[[], bool]
+    server: Server,
+    expected: dict[str, str],
+    options: dict[str, str],
+    clients: int,
+    going: Callable[[], bool],
 ) -> dict[str, Any]:
     """Load the service and return the figures, with its memory before and after."""
     before, started = server.memory(), time.perf_counter()
@@ -211,30 +232,46 @@ def timed(
 
 
 def killed_in_the_middle(
-    bundle: Path | None, expected: dict[str, str], options: dict[str, str], requests: int, arguments: Sequence[str]
+    bundle: Path | None,
+    expected: dict[str, str],
+    options: dict[str, str],
+    requests: int,
+    arguments: Sequence[str],
 ) -> dict[str, Any]:
-    """Kill the service under load and start it again: no wrong caption before, and right ones after."""
+    """Kill the service under load and start it again: no wrong caption before, and right ones
+    after."""
     clients = 8
     with serving(bundle, arguments) as server:
-        before = load(server.address, expected, options, clients, for_requests(requests, server.kill))
+        before = load(
+            server.address, expected, options, clients, for_requests(requests, server.kill)
+        )
     with serving(bundle, arguments) as again:
         after = load(again.address, expected, options, clients, for_requests(requests))
     return {
-        "right_before": len(before.latencies), "cut_off": before.lost, "crossed": before.crossed + after.crossed,
-        "right_after": len(after.latencies), "lost_after": after.lost,
-    }  # fmt: skip
+        "right_before": len(before.latencies),
+        "cut_off": before.lost,
+        "crossed": before.crossed + after.crossed,
+        "right_after": len(after.latencies),
+        "lost_after": after.lost,
+    }
 
 
 def bench_service(
-    seconds: float = SECONDS, clients: int = CLIENTS, bundle: Path | None = None, arguments: Sequence[str] = ()
+    seconds: float = SECONDS,
+    clients: int = CLIENTS,
+    bundle: Path | None = None,
+    arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Captions per second of the service, one client and many, with greedy search and the captioner's own."""
+    """Captions per second of the service, one client and many, with greedy search and the
+    captioner's own."""
     found: dict[str, Any] = {"bundle": bundle.name if bundle else "the one that ships"}
     short = max(2.0, seconds / 4)
     for search, options in {"greedy": {"beam": "1"}, "default": {}}.items():
         expected = expected_captions(bundle, options)
         with serving(bundle, arguments) as server:
-            load(server.address, expected, options, clients, for_seconds(short / 2))  # memory settles
+            load(
+                server.address, expected, options, clients, for_seconds(short / 2)
+            )  # memory settles
             alone = timed(server, expected, options, 1, for_seconds(short))
             many = timed(server, expected, options, clients, for_seconds(seconds))
         ratio = many["captions_per_second"] / max(alone["captions_per_second"], 0.01)

@@ -1,4 +1,5 @@
-"""Takes results/page.png: the page of ``capgen serve`` with the shipped captioner, a word's attention shown.
+"""Takes results/page.png: the page of ``capgen serve`` with the shipped captioner, a word's
+attention shown.
 
     .venv/bin/python benchmarks/page.py
 
@@ -17,7 +18,13 @@ sys.path.insert(0, str(REPOSITORY))
 PHOTO = REPOSITORY / "data" / "photos" / "dog_panting.jpg"
 WORD = "dog"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
 
 
 def find_chromium() -> str | None:

@@ -1,6 +1,8 @@
-"""``make bench``: rates of extraction, training, decoding and scoring, and peak memory: ``results/benchmarks.json``.
+"""``make bench``: rates of extraction, training, decoding and scoring, and peak memory:
+``results/benchmarks.json``.
 
-Each part runs in a process of its own, so that its peak memory is its own. Times are best of several runs.
+Each part runs in a process of its own, so that its peak memory is its own. Times are best of
+several runs.
 """
 
 import argparse
@@ -20,18 +22,19 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from capgen_utils.config import choose_device, choose_dtype  # noqa: E402
-from capgen_utils.datasets import load_dataset  # noqa: E402
-from capgen_utils.files import CapGenError, write_json  # noqa: E402
-from capgen_utils.presets import PRESETS  # noqa: E402
-from capgen_utils.results import machine  # noqa: E402
+from capgen_utils.common.device import choose_device, choose_dtype
+from capgen_utils.common.files import CapGenError, write_json
+from capgen_utils.common.machine import machine
+from capgen_utils.data.datasets import load_dataset
+from capgen_utils.presets import PRESETS
 
 DECODED = 256  # images that are captioned for a rate of decoding
 STEPS = 40  # training steps that are timed
 
 
 class PeakMemory:
-    """Samples this process's anonymous memory: what the system cannot drop, memory-mapped files left out."""
+    """Samples this process's anonymous memory: what the system cannot drop, memory-mapped files
+    left out."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -64,7 +67,7 @@ def flickr8k_or_shapes(limit: int | None = None) -> Any:
 
 def every_image() -> Any:
     """All images of the folder, those in no split list included, as one manifest without captions."""
-    from capgen_utils.datasets import Item, Manifest
+    from capgen_utils.data.manifest import Item, Manifest
 
     known = flickr8k_or_shapes()
     names = sorted(p.name for p in known.root.iterdir() if p.suffix.lower() in (".jpg", ".png"))
@@ -73,8 +76,8 @@ def every_image() -> Any:
 
 def bench_extraction() -> dict[str, Any]:
     """Images per second from JPEG files to cached grid features, all images of the dataset."""
-    from capgen_utils.encoders import build_encoder
-    from capgen_utils.features import extract
+    from capgen_utils.vision.encoders import build_encoder
+    from capgen_utils.vision.features import extract
 
     manifest = every_image()
     encoder = build_encoder("efficientnet_lite0")
@@ -95,9 +98,15 @@ def bench_extraction() -> dict[str, Any]:
 
 
 def bench_training() -> dict[str, Any]:
-    """Steps, captions and tokens per second of the transformer on all of the dataset, features cached."""
-    from capgen_utils.batches import chunks_by_length, count_targets, epoch_batches, make_batch
-    from capgen_utils.recipes import make_trainer, prepare
+    """Steps, captions and tokens per second of the transformer on all of the dataset, features
+    cached."""
+    from capgen_utils.training.batches import (
+        chunks_by_length,
+        count_targets,
+        epoch_batches,
+        make_batch,
+    )
+    from capgen_utils.training.recipes import make_trainer, prepare
 
     manifest = flickr8k_or_shapes()
     preset = replace(PRESETS[manifest.name.split("-")[0]], flip=False)
@@ -109,7 +118,9 @@ def bench_training() -> dict[str, Any]:
         best, tokens, captions = float("inf"), 0, 0
         for number, (items, flips) in zip(range(STEPS), batches, strict=False):
             started = time.perf_counter()
-            batch = make_batch(items, flips, trainer.data, trainer.tokenizer, trainer.model.config.seq_len)
+            batch = make_batch(
+                items, flips, trainer.data, trainer.tokenizer, trainer.model.config.seq_len
+            )
             trainer._train_step(batch)
             seconds = time.perf_counter() - started
             if number and seconds < best:
@@ -122,16 +133,19 @@ def bench_training() -> dict[str, Any]:
         "seconds_per_step": round(best, 3),
         "captions_per_second": round(captions / best),
         "tokens_per_second": round(tokens / best),
-        "dtype": str(choose_dtype(trainer.accelerator.device, trainer.config.dtype)).removeprefix("torch."),
+        "dtype": str(choose_dtype(trainer.accelerator.device, trainer.config.dtype)).removeprefix(
+            "torch."
+        ),
     }
 
 
 def bench_decoding() -> dict[str, Any]:
-    """Captions per second from cached features with the bundle that ships, in fp32: greedy and beam 5."""
+    """Captions per second from cached features with the bundle that ships, in fp32: greedy and beam
+    5."""
+    from capgen_utils.bundle import load_bundle
     from capgen_utils.captioner import DEFAULT_BUNDLE
-    from capgen_utils.checkpoint import load_bundle
-    from capgen_utils.decoding import caption_manifest
-    from capgen_utils.features import extract
+    from capgen_utils.decoding.run import caption_manifest
+    from capgen_utils.vision.features import extract
 
     bundle = load_bundle(DEFAULT_BUNDLE)
     part = flickr8k_or_shapes(limit=DECODED).split("test")
@@ -145,7 +159,9 @@ def bench_decoding() -> dict[str, Any]:
             best = float("inf")
             for _ in range(3):
                 started = time.perf_counter()
-                caption_manifest(model, part, cache, bundle.tokenizer, replace(bundle.decoding, beam=beam), 32)
+                caption_manifest(
+                    model, part, cache, bundle.tokenizer, replace(bundle.decoding, beam=beam), 32
+                )
                 best = min(best, time.perf_counter() - started)
             rates[f"captions_per_second_beam_{beam}"] = round(len(part) / best, 1)
     return rates
@@ -159,17 +175,26 @@ def bench_library() -> dict[str, Any]:
 
 
 def bench_metrics() -> dict[str, Any]:
-    """Seconds for BLEU, ROUGE-L, CIDEr, CIDEr-D, diversity and intervals of captions with five references each.
+    """Seconds for BLEU, ROUGE-L, CIDEr, CIDEr-D, diversity and intervals of captions with five
+    references each.
 
-    The captions are people's, each said of the image after its own; METEOR is timed apart, where WordNet is there.
+    The captions are people's, each said of the image after its own; METEOR is timed apart, where
+    WordNet is there.
     """
-    from capgen_utils.metrics import diversity, find_wordnet, meteor_nltk, score_with_intervals
-    from capgen_utils.metrics.bootstrap import RESAMPLES
-    from capgen_utils.treebank import forget_words
+    from capgen_utils.evaluation.metrics import (
+        diversity,
+        find_wordnet,
+        meteor_nltk,
+        score_with_intervals,
+    )
+    from capgen_utils.evaluation.metrics.resampling import RESAMPLES
+    from capgen_utils.text.ptb import forget_words
 
     part = flickr8k_or_shapes().split("test")
     references = {item.image: list(item.captions) for item in part.items}
-    following = {item.image: part.items[place - 1].captions[0] for place, item in enumerate(part.items)}
+    following = {
+        item.image: part.items[place - 1].captions[0] for place, item in enumerate(part.items)
+    }
     reader = find_wordnet()
 
     def seconds(work: Callable[[], Any]) -> float:
@@ -186,13 +211,18 @@ def bench_metrics() -> dict[str, Any]:
         "images": len(part),
         "references": sum(map(len, references.values())),
         "resamples": RESAMPLES,
-        "seconds": seconds(lambda: (score_with_intervals(following, references), diversity(following))),
-        "seconds_meteor": seconds(lambda: meteor_nltk(following, references, reader)) if reader is not None else None,
+        "seconds": seconds(
+            lambda: (score_with_intervals(following, references), diversity(following))
+        ),
+        "seconds_meteor": seconds(lambda: meteor_nltk(following, references, reader))
+        if reader is not None
+        else None,
     }
 
 
 def bench_service() -> dict[str, Any]:
-    """A minute of bounded clients on ``capgen serve``: rates, latencies, memory, wrong and lost answers, a kill."""
+    """A minute of bounded clients on ``capgen serve``: rates, latencies, memory, wrong and lost
+    answers, a kill."""
     from benchmarks.load import bench_service
 
     return bench_service()
@@ -229,11 +259,17 @@ def main() -> int:
     unknown = sorted(set(options.parts) - set(PARTS))
     if unknown:
         parser.error(f"there is no part {unknown[0]!r}; choose of {', '.join(PARTS)}")
-    results = json.loads(options.output.read_text()) if options.output.exists() else {"kind": "benchmarks"}
+    results = (
+        json.loads(options.output.read_text())
+        if options.output.exists()
+        else {"kind": "benchmarks"}
+    )
     for name in options.parts or PARTS:
         print(f"== {name}")
         before = machine()  # the load before it starts, not the one it makes
-        run = subprocess.run([sys.executable, __file__, "--inside", name], stdout=subprocess.PIPE, text=True)
+        run = subprocess.run(
+            [sys.executable, __file__, "--inside", name], stdout=subprocess.PIPE, text=True
+        )
         if run.returncode:
             return run.returncode
         results[name] = json.loads(run.stdout.splitlines()[-1]) | {"machine": before}

@@ -1,18 +1,27 @@
-"""CapGen: image captioning from scratch to CLIP + GPT-2, as a course that runs."""
+"""CapGen: image captioning from scratch to CLIP + GPT-2, as a course that runs.
 
-from typing import TYPE_CHECKING, Any
+The names below are the public face: notebooks and scripts import them from here. Each one is loaded
+when it is first used, so that ``import capgen_utils`` stays fast and needs no torch.
+"""
 
-if TYPE_CHECKING:
-    from capgen_utils.captioner import Captioner
+import importlib
+from typing import Any
 
-__version__ = "0.1.0"
-__all__ = ["Captioner", "__version__"]
+from capgen_utils.common import moved
+from capgen_utils.common.machine import VERSION as __version__
+
+moved.install()
+_WHERE = {
+    "Captioner": "captioner",
+    "plots": "show.plots",
+    "widgets": "show.widgets",
+}
+__all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``Captioner`` when it is first asked for: other parts are often wanted without the models."""
-    if name == "Captioner":
-        from capgen_utils.captioner import Captioner
-
-        return Captioner
-    raise AttributeError(f"module 'capgen_utils' has no attribute {name!r}")
+    """Load a public name when it is first used."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'capgen_utils' has no attribute {name!r}")
+    module = importlib.import_module(f"capgen_utils.{_WHERE[name]}")
+    return module if _WHERE[name].endswith(name) else getattr(module, name)

@@ -2,7 +2,7 @@
 
 import sys
 
-from capgen_utils.cli import main
+from capgen_utils.apps.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

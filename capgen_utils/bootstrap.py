@@ -1,8 +1,8 @@
 """What the first cell of a notebook does on Colab and Kaggle; on any other machine it does nothing.
 
-What is there stays as it is: only what is missing is installed, under constraints that hold every installed version
-fast, and never torch, torchvision or numpy. A restarted kernel runs the same cell again and finds all done. Nothing but
-the standard library is imported before the installation.
+What is there stays as it is: only what is missing is installed, under constraints that hold every
+installed version fast, and never torch, torchvision or numpy. A restarted kernel runs the same cell
+again and finds all done. Nothing but the standard library is imported before the installation.
 """
 
 import importlib
@@ -15,17 +15,32 @@ from collections.abc import Iterator, MutableMapping
 from importlib import metadata
 from pathlib import Path
 
-from capgen_utils.files import CapGenError
-from capgen_utils.machine import REPOSITORY, device_name, requirement_lines
+from capgen_utils.common.device import device_name
+from capgen_utils.common.files import CapGenError
+from capgen_utils.common.paths import REPOSITORY, requirement_lines
 
-KEPT = ("torch", "torchvision", "numpy")  # these come with the host; another build of them may not see its GPU
+KEPT = (
+    "torch",
+    "torchvision",
+    "numpy",
+)  # these come with the host; another build of them may not see its GPU
+
+
 NOT_NEEDED = ("jupyterlab", "kaggle")  # a host is a notebook server, and Flickr8k needs no account
 DRIVE = Path("/content/drive")
-LOCAL = {"flickr8k": (Path("/content/flickr8k"), "CAPGEN_FLICKR8K")}  # images stay off Drive: many small files are slow
+
+
+LOCAL = {
+    "flickr8k": (Path("/content/flickr8k"), "CAPGEN_FLICKR8K")
+}  # images stay off Drive: many small files are slow
+
+
 _GPU = {
     "Colab": "Runtime > Change runtime type > T4 GPU",
     "Kaggle": "Settings > Accelerator > GPU T4 x2 (not P100)",
 }
+
+
 _RETRY = "is the network on? (Kaggle: Settings > Internet); then run this cell again"
 
 
@@ -37,7 +52,8 @@ def host() -> str | None:
 
 
 def prepare(drive: bool = False) -> None:
-    """Make the package usable on a host: install what is missing, and let the preset be chosen by the GPU.
+    """Make the package usable on a host: install what is missing, and let the preset be chosen by
+    the GPU.
 
     Args:
         drive: on Colab, keep features and runs on Google Drive, where they outlast the machine.
@@ -69,23 +85,29 @@ def keep_on_drive(folder: Path = DRIVE) -> Path:
         target = folder / "MyDrive" / "capgen"
         target.mkdir(parents=True, exist_ok=True)
     except Exception as error:  # Colab's own errors are of many kinds
-        raise CapGenError(f"Google Drive cannot be used ({error})", "allow the access, or set drive=False") from error
+        raise CapGenError(
+            f"Google Drive cannot be used ({error})", "allow the access, or set drive=False"
+        ) from error
     os.environ["CAPGEN_DATA"] = str(target)
     return target
 
 
-# --- packages -------------------------------------------------------------------------------------------------------
+# --- packages
 
 
 def missing_requirements() -> list[str]:
-    """Return the requirements of which no version at all is installed, without those that are left to the host."""
+    """Return the requirements of which no version at all is installed, without those that are left
+    to the host."""
     names = {line: re.split(r"[\s<>=!~;\[]", line)[0] for line in requirement_lines()}
     left = {_canonical(name) for name in KEPT + NOT_NEEDED}
-    return [line for line, name in names.items() if _canonical(name) not in left and not _version(name)]
+    return [
+        line for line, name in names.items() if _canonical(name) not in left and not _version(name)
+    ]
 
 
 def install_missing() -> list[str]:
-    """Install the missing requirements, and nothing that would change a version that is there; returns them.
+    """Install the missing requirements, and nothing that would change a version that is there;
+    returns them.
 
     Raises:
         CapGenError: torch, torchvision or numpy are missing, or pip failed.
@@ -93,18 +115,35 @@ def install_missing() -> list[str]:
     lost = [name for name in KEPT if not _version(name)]
     if lost:
         raise CapGenError(
-            f"this machine has no {', '.join(lost)}", "choose a runtime with PyTorch, or install it first"
+            f"this machine has no {', '.join(lost)}",
+            "choose a runtime with PyTorch, or install it first",
         )
     missing = missing_requirements()
     if missing:
-        print(f"installing {len(missing)} packages that are missing; what is there keeps its version")
+        print(
+            f"installing {len(missing)} packages that are missing; what is there keeps its version"
+        )
         with tempfile.TemporaryDirectory() as folder:
             held = Path(folder) / "held.txt"
-            held.write_text("\n".join(f"{name}=={version}" for name, version in installed()) + "\n", encoding="utf-8")
-            command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held)]
+            held.write_text(
+                "\n".join(f"{name}=={version}" for name, version in installed()) + "\n",
+                encoding="utf-8",
+            )
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--disable-pip-version-check",
+                "-c",
+                str(held),
+            ]
             done = subprocess.run([*command, *missing], capture_output=True, text=True, check=False)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
+            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
+                "pip failed"
+            ]
             raise CapGenError(f"cannot install {', '.join(missing)}: {said[0][:300]}", _RETRY)
         importlib.invalidate_caches()
     for line in too_old():
@@ -113,8 +152,11 @@ def install_missing() -> list[str]:
 
 
 def installed() -> Iterator[tuple[str, str]]:
-    """Yield name and version of everything that is installed; of what is there twice, the one that is imported."""
-    names = {_canonical(one.metadata["Name"]) for one in metadata.distributions() if one.metadata["Name"]}
+    """Yield name and version of everything that is installed; of what is there twice, the one that
+    is imported."""
+    names = {
+        _canonical(one.metadata["Name"]) for one in metadata.distributions() if one.metadata["Name"]
+    }
     for name in sorted(names):
         version = _version(name)
         if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) and re.fullmatch(r"[0-9][\w.+!]*", version):
@@ -122,7 +164,8 @@ def installed() -> Iterator[tuple[str, str]]:
 
 
 def too_old() -> Iterator[str]:
-    """Yield a sentence for each requirement whose installed version is older than CapGen was tried with."""
+    """Yield a sentence for each requirement whose installed version is older than CapGen was tried
+    with."""
     from packaging.requirements import Requirement
 
     for requirement in map(Requirement, requirement_lines()):
@@ -142,17 +185,19 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# --- what will be used ----------------------------------------------------------------------------------------------
+# --- what will be used
 
 
 def announce(preset: str, train: bool = True) -> None:
-    """Say what will not be trained; on a host also what the notebook will use and what will not work.
+    """Say what will not be trained; on a host also what the notebook will use and what will not
+    work.
 
     There it finds or downloads the images, too.
 
     Args:
         preset: name of a preset, or ``auto``.
-        train: train what has not been trained; else take the captioners that ship, where there are any.
+        train: train what has not been trained; else take the captioners that ship, where there are
+            any.
 
     Raises:
         CapGenError: no such preset, or its images can be neither found nor downloaded.
@@ -171,17 +216,18 @@ def announce(preset: str, train: bool = True) -> None:
 
 def _return_to_own_data() -> None:
     """Undo what an earlier run of the cell did where it took what ships."""
-    from capgen_utils.config import data_dir, own_data_dir
+    from capgen_utils.common.paths import data_dir, own_data_dir
 
     if data_dir() != own_data_dir():
         os.environ["CAPGEN_DATA"] = str(own_data_dir())
 
 
 def without_training(preset: str) -> str:
-    """Put what ships for a preset where training would have put it; returns which captioners need no training now."""
-    from capgen_utils.config import data_dir, own_data_dir
+    """Put what ships for a preset where training would have put it; returns which captioners need
+    no training now."""
+    from capgen_utils.common.paths import data_dir, own_data_dir
     from capgen_utils.presets import get_preset
-    from capgen_utils.shipping import take_shipped
+    from capgen_utils.training.shipped import take_shipped
 
     chosen = get_preset(preset)
     found = take_shipped(chosen)
@@ -189,7 +235,9 @@ def without_training(preset: str) -> str:
     parts = [f"ready without training: {', '.join(found)}"] if found else []
     parts += [f"not among what ships for {chosen.name}: {', '.join(missing)}"] if missing else []
     if data_dir() != own_data_dir():
-        parts.append(f"what was trained here started from another encoder; what ships lies apart, in {data_dir()}")
+        parts.append(
+            f"what was trained here started from another encoder; what ships lies apart, in {data_dir()}"
+        )
     return "; ".join(parts)
 
 
@@ -200,7 +248,7 @@ def describe(preset: str, place: str) -> Iterator[str]:
         preset: as in ``announce``.
         place: ``Colab`` or ``Kaggle``.
     """
-    from capgen_utils.config import choose_device, choose_dtype
+    from capgen_utils.common.device import choose_device, choose_dtype
     from capgen_utils.presets import get_preset
 
     chosen, device = get_preset(preset), choose_device()
@@ -216,8 +264,7 @@ def failures(device: object) -> Iterator[str]:
     """Run a real operation on ``device``; yield a warning with its remedy where that fails."""
     import torch
 
-    from capgen_utils.config import choose_dtype
-    from capgen_utils.doctor import check_device, device_remedy
+    from capgen_utils.common.device import check_device, choose_dtype, device_remedy
 
     assert isinstance(device, torch.device)
     try:
@@ -235,7 +282,7 @@ def find_images(preset: str, environment: MutableMapping[str, str] = os.environ)
     Raises:
         CapGenError: they can be neither found nor downloaded.
     """
-    from capgen_utils.datasets import download_dataset
+    from capgen_utils.data.datasets import download_dataset
     from capgen_utils.presets import get_preset
 
     dataset = get_preset(preset).dataset

@@ -1,20 +1,22 @@
 """Hyperparameters as plain values, the data folder, and the choice of device and dtype."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from capgen_utils.files import CapGenError
-from capgen_utils.machine import REPOSITORY
+from capgen_utils.common.files import CapGenError
+from capgen_utils.common.moved import moved_names
 
-if TYPE_CHECKING:  # functions import it themselves: what runs without torch reads configurations too
-    import torch
+if (
+    TYPE_CHECKING
+):  # functions import it themselves: what runs without torch reads configurations too
+    pass
+
 
 Config = TypeVar("Config")
-APART = "shipped-models"  # a data folder in the data folder, for what ships where it does not fit what was trained
+
+
 LARGEST_BEAM = 100  # hypotheses an image; memory grows with it, captions stop changing long before
 
 
@@ -31,8 +33,8 @@ class TransformerConfig:
         n_head: attention heads in each layer; divides ``d_model``.
         fc_dim: width of the feed-forward layers.
         dropout: probability, on embeddings, attention outputs and feed-forward outputs alike.
-        word_dropout: probability of hiding an input word while training (read as ``<unk>``), so that the
-            decoder learns to look at the image instead of finishing the sentence by heart.
+        word_dropout: probability of hiding an input word while training (read as ``<unk>``), so
+            that the decoder learns to look at the image instead of finishing the sentence by heart.
     """
 
     img_size: int = 224
@@ -52,8 +54,8 @@ class ShowTellConfig:
 
     Attributes:
         img_size, cnn_backbone, seq_len: see ``TransformerConfig``.
-        image: ``sequence``: the LSTM reads the grid vector by vector before the words; ``pooled``: it reads one
-            mean vector.
+        image: ``sequence``: the LSTM reads the grid vector by vector before the words; ``pooled``:
+            it reads one mean vector.
         embed_size: width of words and of projected image vectors.
         hidden_size: width of the LSTM.
         num_layers: LSTM layers.
@@ -83,9 +85,11 @@ class AttendTellConfig:
         attention_size: width of the attention MLP's hidden layer.
         dropout: probability, on words, contexts and outputs.
         word_dropout: see ``TransformerConfig``.
-        doubly_stochastic: weight of the penalty on image places that a whole caption looks at more, or less, than once.
-        teacher_forcing: share of true previous words at the end of training; it falls linearly from 1. Below 1 the
-            captioner reads some of its own words while training (scheduled sampling, arXiv 1506.03099).
+        doubly_stochastic: weight of the penalty on image places that a whole caption looks at more,
+            or less, than once.
+        teacher_forcing: share of true previous words at the end of training; it falls linearly from
+            1. Below 1 the captioner reads some of its own words while training (scheduled sampling,
+            arXiv 1506.03099).
     """
 
     img_size: int = 224
@@ -102,13 +106,17 @@ class AttendTellConfig:
 
 @dataclass(frozen=True)
 class ClipPrefixConfig:
-    """Hyperparameters of the CLIP prefix captioner: self-attention alone, the image stands in the first place.
+    """Hyperparameters of the CLIP prefix captioner: self-attention alone, the image stands in the
+    first place.
 
     Attributes:
-        seq_len, d_model, n_decode, n_head, fc_dim, dropout, word_dropout: see ``TransformerConfig``.
-        noise: standard deviation of the noise that is added to the image's numbers, of about unit size, while training.
-            A single vector names an image so well that a decoder can learn each image's captions by heart.
-        text_inputs: ``learned``: an embedding table; ``tower``: the hidden states of CLIP's frozen text tower.
+        seq_len, d_model, n_decode, n_head, fc_dim, dropout, word_dropout: see
+            ``TransformerConfig``.
+        noise: standard deviation of the noise that is added to the image's numbers, of about unit
+            size, while training. A single vector names an image so well that a decoder can learn
+            each image's captions by heart.
+        text_inputs: ``learned``: an embedding table; ``tower``: the hidden states of CLIP's frozen
+            text tower.
         tower_layers, tower_width, tower_heads, tower_positions: sizes of that tower.
     """
 
@@ -133,18 +141,19 @@ class ClipGpt2Config:
 
     Attributes:
         seq_len: longest caption in tokens, start and end token included.
-        language_model: whose weights it starts from: ``gpt2-mini`` (pre-trained here), a name on the hub such as
-            ``gpt2-medium``, or a local folder in the hub's layout.
+        language_model: whose weights it starts from: ``gpt2-mini`` (pre-trained here), a name on
+            the hub such as ``gpt2-medium``, or a local folder in the hub's layout.
         n_embd, n_layer, n_head, n_positions: GPT-2's own sizes.
         dropout: probability, on embeddings, image vectors, attention outputs and MLP outputs alike.
         word_dropout: see ``TransformerConfig``.
-        image_positions: project the image's vectors to ``n_embd``, normalise them and add learned places, for encoders
-            whose vectors do not say where they stand; those of CLIP do.
-        gate: multiply each cross-attention by a learned tanh gate that starts at zero, so that the untrained
-            captioner is plain GPT-2 (arXiv 2204.14198).
+        image_positions: project the image's vectors to ``n_embd``, normalise them and add learned
+            places, for encoders whose vectors do not say where they stand; those of CLIP do.
+        gate: multiply each cross-attention by a learned tanh gate that starts at zero, so that the
+            untrained captioner is plain GPT-2 (arXiv 2204.14198).
         tied_head: score words with the frozen token embedding; else with a head of its own.
         reduction: the cross-attention works in a width of ``n_embd / reduction``.
-        gradient_checkpointing: compute activations twice while training and keep none: slower, much less memory.
+        gradient_checkpointing: compute activations twice while training and keep none: slower, much
+            less memory.
     """
 
     seq_len: int = 40
@@ -192,18 +201,21 @@ class TrainingConfig:
     Attributes:
         epochs: passes over the training images; training can end earlier, see ``patience``.
         batch_images: images in a batch, over all processes; each comes with all of its captions.
-        learning_rate: peak of AdamW's learning rate, reached after ``warmup`` and left along a cosine.
+        learning_rate: peak of AdamW's learning rate, reached after ``warmup`` and left along a
+            cosine.
         warmup: share of all steps spent warming up.
         weight_decay: AdamW's, on matrices only.
         label_smoothing: share of the target probability spread over the vocabulary.
         clip: largest gradient norm.
-        average: decay of the exponential moving average of the weights that is evaluated and kept; 0 turns
-            it off.
-        best_by: what the best epoch is chosen by on the dev split: ``BLEU-4`` of generated captions, or ``dev_loss``.
+        average: decay of the exponential moving average of the weights that is evaluated and kept;
+            0 turns it off.
+        best_by: what the best epoch is chosen by on the dev split: ``BLEU-4`` of generated
+            captions, or ``dev_loss``.
         patience: epochs without a better one after which training stops.
         evaluate_every: epochs between two evaluations on generated captions.
         dev_images: images of the dev split that are captioned in an evaluation; ``None`` for all.
-        checkpoint_steps: steps between two checkpoints inside an epoch; one is written after each epoch too.
+        checkpoint_steps: steps between two checkpoints inside an epoch; one is written after each
+            epoch too.
         seed: of weights, batches and dropout.
         dtype: compute dtype of training: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
     """
@@ -233,9 +245,11 @@ class ContrastiveConfig(TrainingConfig):
         captions: captions of each image in a batch, chosen anew in every epoch.
         twins: false twins of each of these captions in the batch, where there are so many.
         twin_weight: of the loss that compares captions with their twins alone.
-        reconstruction: weight of the loss of reading the stem's grid back from an image's vector; 0 leaves it out.
+        reconstruction: weight of the loss of reading the stem's grid back from an image's vector; 0
+            leaves it out.
         looking: epochs before all others in which the image half learns by that loss alone.
-        captioning: weight of the loss of saying an image's captions from its vector; 0 leaves it out.
+        captioning: weight of the loss of saying an image's captions from its vector; 0 leaves it
+            out.
         temperature: of the softmax, at first; it is learned.
         feature_dropout: probability of hiding a number of the stem's grid.
         word_dropout: probability of leaving out a token of a caption.
@@ -254,7 +268,8 @@ class ContrastiveConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How captions are found: searched for, or drawn where ``temperature`` is above 0. See ``decoding.decode``.
+    """How captions are found: searched for, or drawn where ``temperature`` is above 0. See
+    ``decoding.decode``.
 
     Attributes:
         beam: hypotheses kept for an image; 1 is greedy search. Not used where captions are drawn.
@@ -262,14 +277,16 @@ class DecodingConfig:
         length_penalty: a hypothesis of n tokens, its end token counted, is ranked by
             log-probability / n ** length_penalty.
         min_length: tokens a caption has at least, its end token not counted.
-        temperature: divides the logits before a token is drawn; 0 draws nothing: greedy or beam search.
+        temperature: divides the logits before a token is drawn; 0 draws nothing: greedy or beam
+            search.
         top_k: draw among the k most likely tokens only; 0 for all.
-        top_p: draw among the most likely tokens only, as few as hold this probability together; 1 for all.
+        top_p: draw among the most likely tokens only, as few as hold this probability together; 1
+            for all.
         repetition_penalty: above 1 makes tokens less likely that the caption holds already.
         no_repeat_ngram: no caption holds a run of this many tokens twice; 0 for no rule.
         groups: diverse beam search: the beam is split into this many groups that keep apart.
-        diversity: what a group takes off a token's log-probability for each hypothesis of the groups before that
-            goes on with it; not used by a single group.
+        diversity: what a group takes off a token's log-probability for each hypothesis of the
+            groups before that goes on with it; not used by a single group.
         samples: captions drawn for an image, where any are drawn.
         seed: of what is drawn.
     """
@@ -306,79 +323,23 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         default = defaults[key]
         accepted = (
-            (int, float) if isinstance(default, float) else (int, type(None)) if default is None else type(default)
+            (int, float)
+            if isinstance(default, float)
+            else (int, type(None))
+            if default is None
+            else type(default)
         )
-        possible = isinstance(value, accepted) and isinstance(value, bool) == isinstance(default, bool)
+        possible = isinstance(value, accepted) and isinstance(value, bool) == isinstance(
+            default, bool
+        )
         if not possible or (isinstance(value, float) and not math.isfinite(value)):
-            raise CapGenError(f"{kind.__name__}.{key} cannot be {value!r}", f"use a value like {defaults[key]!r}")
+            raise CapGenError(
+                f"{kind.__name__}.{key} cannot be {value!r}", f"use a value like {defaults[key]!r}"
+            )
     return kind(**values)
 
 
-def data_dir() -> Path:
-    """Return the folder for downloads, features and runs: ``CAPGEN_DATA``, or ``data/`` of the repository."""
-    return Path(os.environ.get("CAPGEN_DATA") or REPOSITORY / "data").expanduser()
+SMALL_CLIP = "small_clip"  # the dual encoder that is trained here
 
 
-def own_data_dir() -> Path:
-    """Return the reader's own data folder, also while ``data_dir`` is the one in it where what ships lies apart."""
-    folder = data_dir()
-    return folder.parent if folder.name == APART else folder
-
-
-def train_anew() -> bool:
-    """Whether what is not trained yet is trained: not where ``CAPGEN_TRAIN`` is 0 and a trained one ships."""
-    return os.environ.get("CAPGEN_TRAIN", "1") != "0"
-
-
-def choose_device(name: str = "auto") -> "torch.device":
-    """Return the named device, or the best one at hand: CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        CapGenError: no such device, or this machine has none.
-    """
-    import torch
-
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise CapGenError(
-                f"the device {name!r} cannot be used ({reason})",
-                "choose one of auto, cpu, cuda, mps that this machine has",
-            ) from error
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself (AMX or AVX512-BF16)."""
-    import torch
-
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
-
-
-def choose_dtype(device: "torch.device", name: str = "auto") -> "torch.dtype":
-    """Return the compute dtype for ``device``.
-
-    ``auto`` is bf16 where the hardware has it (CUDA compute capability 8.0 and above, CPUs with AMX or
-    AVX512-BF16), fp16 on older CUDA devices such as the T4, where bf16 is emulated and slow, else fp32.
-
-    Raises:
-        CapGenError: ``name`` is none of auto, fp32, bf16, fp16.
-    """
-    import torch
-
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name in named:
-        return named[name]
-    if name != "auto":
-        raise CapGenError(f"there is no dtype {name!r}", f"choose one of auto, {', '.join(named)}")
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu" and cpu_has_bf16():
-        return torch.bfloat16
-    return torch.float32
+__getattr__ = moved_names(__name__)  # for notebooks of earlier copies

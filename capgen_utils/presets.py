@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from capgen_utils.common.device import choose_device
+from capgen_utils.common.files import CapGenError
 from capgen_utils.config import (
+    SMALL_CLIP,
     AttendTellConfig,
     ClipGpt2Config,
     ClipPrefixConfig,
@@ -14,11 +17,7 @@ from capgen_utils.config import (
     SmallClipConfig,
     TrainingConfig,
     TransformerConfig,
-    choose_device,
 )
-from capgen_utils.files import CapGenError
-
-SMALL_CLIP = "small_clip"  # the dual encoder that is trained here
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,9 @@ def _published_models() -> dict[str, Recipe]:
     """The five captioners on public encoders in their usual sizes."""
     return {
         "show_tell": Recipe(ShowTellConfig()),
-        "attend_tell": Recipe(AttendTellConfig(embed_size=512, hidden_size=512, attention_size=512)),
+        "attend_tell": Recipe(
+            AttendTellConfig(embed_size=512, hidden_size=512, attention_size=512)
+        ),
         "transformer": Recipe(TransformerConfig()),
         "clip_prefix": Recipe(ClipPrefixConfig(), "clip-vit-base-patch32", "clip"),
         "clip_gpt2": Recipe(
@@ -80,11 +81,13 @@ class Preset:
         name: what the user types.
         dataset: a key of ``datasets.DATASETS``.
         encoder: a key of ``encoders.ENCODERS``.
-        flip: also train on mirrored images (captions that say left or right are left out of that view).
+        flip: also train on mirrored images (captions that say left or right are left out of that
+            view).
         min_count: occurrences a word needs in the training captions to enter the vocabulary.
         models: a recipe by model name; see ``recipe``.
         training: of the captioners.
-        pretraining: of the encoder, where the preset's encoder has to be trained first; else ``None``.
+        pretraining: of the encoder, where the preset's encoder has to be trained first; else
+            ``None``.
         clip: how the dual encoder ``SMALL_CLIP`` is trained.
         judge: how another one is trained that only measures: of another seed, width and vocabulary.
         language: training of the language model ``gpt2-mini``.
@@ -116,7 +119,8 @@ class Preset:
         """
         if model not in self.models:
             raise CapGenError(
-                f"the preset {self.name} has no model {model!r}", f"choose one of {', '.join(self.models)}"
+                f"the preset {self.name} has no model {model!r}",
+                f"choose one of {', '.join(self.models)}",
             )
         given = self.models[model]
         return replace(
@@ -138,7 +142,8 @@ class Preset:
         return replace(self, models={**self.models, model: recipe})
 
 
-# Drawn scenes are clean and plentiful: nothing needs smoothing or dropping, and all epochs are worth their seconds.
+# Drawn scenes are clean and plentiful: nothing needs smoothing or dropping, and all epochs are
+# worth their seconds.
 SHAPES_TRAINING = TrainingConfig(
     epochs=16,
     batch_images=32,
@@ -149,23 +154,63 @@ SHAPES_TRAINING = TrainingConfig(
     best_by="dev_loss",  # one true sentence of many is as good as another: BLEU between good captioners is chance
     patience=16,
 )
+
+
 _SHAPES_CNN: dict[str, Any] = {"img_size": 64, "cnn_backbone": "shapes_cnn", "seq_len": 26}
-_SHAPES_DECODER: dict[str, Any] = {"d_model": 128, "n_decode": 2, "n_head": 4, "fc_dim": 512, "dropout": 0.1}
-# Closed gates protect what a large language model knows. A mini knows little, and would open them too late to learn
-# relations.
+
+
+_SHAPES_DECODER: dict[str, Any] = {
+    "d_model": 128,
+    "n_decode": 2,
+    "n_head": 4,
+    "fc_dim": 512,
+    "dropout": 0.1,
+}
+
+
+# Closed gates protect what a large language model knows. A mini knows little, and would open them
+# too late to learn relations.
 _MINI: dict[str, Any] = {
-    "seq_len": 32, "language_model": "gpt2-mini", "n_positions": 128, "image_positions": True, "gate": False
-}  # fmt: skip
+    "seq_len": 32,
+    "language_model": "gpt2-mini",
+    "n_positions": 128,
+    "image_positions": True,
+    "gate": False,
+}
+
+
 _LITE0: dict[str, Any] = {"cnn_backbone": "efficientnet_lite0", "seq_len": 26}
 
+
 _SHAPES_CLIP = SmallClipConfig(
-    embed_size=512, patch=2, vision_width=160, vision_layers=3, vision_heads=10, text_width=96, text_layers=2,
-    text_heads=6, seq_len=32,
-)  # fmt: skip
+    embed_size=512,
+    patch=2,
+    vision_width=160,
+    vision_layers=3,
+    vision_heads=10,
+    text_width=96,
+    text_layers=2,
+    text_heads=6,
+    seq_len=32,
+)
+
+
 _SHAPES_CONTRASTIVE = ContrastiveConfig(
-    epochs=4, batch_images=32, learning_rate=1e-3, weight_decay=0.05, average=0.99, patience=4, captions=2, twins=4,
-    twin_weight=2.0, reconstruction=5.0, looking=2, captioning=2.0, feature_dropout=0.0,
-)  # fmt: skip
+    epochs=4,
+    batch_images=32,
+    learning_rate=1e-3,
+    weight_decay=0.05,
+    average=0.99,
+    patience=4,
+    captions=2,
+    twins=4,
+    twin_weight=2.0,
+    reconstruction=5.0,
+    looking=2,
+    captioning=2.0,
+    feature_dropout=0.0,
+)
+
 
 SHAPES = Preset(
     name="shapes",
@@ -174,7 +219,9 @@ SHAPES = Preset(
     min_count=1,
     models={
         "show_tell": Recipe(
-            ShowTellConfig(**_SHAPES_CNN, embed_size=256, hidden_size=512, num_layers=1, dropout=0.2),
+            ShowTellConfig(
+                **_SHAPES_CNN, embed_size=256, hidden_size=512, num_layers=1, dropout=0.2
+            ),
             training=replace(SHAPES_TRAINING, epochs=18, batch_images=64, learning_rate=3e-3),
         ),
         "attend_tell": Recipe(
@@ -184,7 +231,14 @@ SHAPES = Preset(
         "transformer": Recipe(TransformerConfig(**_SHAPES_CNN, **_SHAPES_DECODER)),
         "clip_prefix": Recipe(
             ClipPrefixConfig(
-                seq_len=32, d_model=192, n_decode=2, n_head=8, fc_dim=384, dropout=0.1, noise=0.2, text_inputs="tower"
+                seq_len=32,
+                d_model=192,
+                n_decode=2,
+                n_head=8,
+                fc_dim=384,
+                dropout=0.1,
+                noise=0.2,
+                text_inputs="tower",
             ),
             SMALL_CLIP,
             "clip",
@@ -209,13 +263,26 @@ SHAPES = Preset(
     decoding=DecodingConfig(beam=3, max_length=25),
 )
 
-FLICKR8K_TRAINING = TrainingConfig(epochs=17, batch_images=64, learning_rate=8e-4, average=0.999, patience=6)
+
+FLICKR8K_TRAINING = TrainingConfig(
+    epochs=17, batch_images=64, learning_rate=8e-4, average=0.999, patience=6
+)
+
 
 _FLICKR8K_CLIP = SmallClipConfig()
+
+
 _FLICKR8K_CONTRASTIVE = ContrastiveConfig(
-    epochs=20, batch_images=128, learning_rate=5e-4, weight_decay=0.1, average=0.999, feature_dropout=0.3,
-    word_dropout=0.1, captioning=1.0,
-)  # fmt: skip
+    epochs=20,
+    batch_images=128,
+    learning_rate=5e-4,
+    weight_decay=0.1,
+    average=0.999,
+    feature_dropout=0.3,
+    word_dropout=0.1,
+    captioning=1.0,
+)
+
 
 FLICKR8K = Preset(
     name="flickr8k",
@@ -225,12 +292,18 @@ FLICKR8K = Preset(
     models={
         "show_tell": Recipe(ShowTellConfig(**_LITE0, dropout=0.3)),
         "attend_tell": Recipe(
-            AttendTellConfig(**_LITE0, embed_size=512, hidden_size=512, attention_size=256, dropout=0.4),
+            AttendTellConfig(
+                **_LITE0, embed_size=512, hidden_size=512, attention_size=256, dropout=0.4
+            ),
             training=replace(FLICKR8K_TRAINING, epochs=13),
         ),
-        "transformer": Recipe(TransformerConfig(**_LITE0, d_model=384, n_decode=3, n_head=8, fc_dim=1024, dropout=0.3)),
+        "transformer": Recipe(
+            TransformerConfig(**_LITE0, d_model=384, n_decode=3, n_head=8, fc_dim=1024, dropout=0.3)
+        ),
         "clip_prefix": Recipe(
-            ClipPrefixConfig(seq_len=32, d_model=384, n_decode=4, n_head=8, fc_dim=1024, dropout=0.3),
+            ClipPrefixConfig(
+                seq_len=32, d_model=384, n_decode=4, n_head=8, fc_dim=1024, dropout=0.3
+            ),
             SMALL_CLIP,
             "clip",
         ),
@@ -249,6 +322,7 @@ FLICKR8K = Preset(
     language=TrainingConfig(epochs=8, batch_images=64, learning_rate=1e-3, average=0.99),
     decoding=DecodingConfig(beam=5, max_length=25, length_penalty=0.5),
 )
+
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -271,5 +345,7 @@ def get_preset(name: str) -> Preset:
     if name == "auto":
         name = "flickr8k" if choose_device().type in ("cuda", "mps") else "shapes"
     if name not in PRESETS:
-        raise CapGenError(f"there is no preset {name!r}", f"choose one of auto, {', '.join(PRESETS)}")
+        raise CapGenError(
+            f"there is no preset {name!r}", f"choose one of auto, {', '.join(PRESETS)}"
+        )
     return PRESETS[name]

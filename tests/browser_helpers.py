@@ -32,9 +32,14 @@ class Visit:
     def __init__(self, browser: Any, address: str, **context: Any) -> None:
         self.context = browser.new_context(**context)
         self.page, self.wrong, self.hosts = self.context.new_page(), list[str](), set[str]()
-        self.page.on("console", lambda m: m.type in ("error", "warning") and self.wrong.append(m.text))
+        self.page.on(
+            "console", lambda m: m.type in ("error", "warning") and self.wrong.append(m.text)
+        )
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("request", lambda r: self.hosts.add(r.url.split("/")[2] if r.url.startswith("http") else ""))
+        self.page.on(
+            "request",
+            lambda r: self.hosts.add(r.url.split("/")[2] if r.url.startswith("http") else ""),
+        )
         self.page.add_init_script(
             "document.addEventListener('securitypolicyviolation', e => console.error('CSP ' + e.violatedDirective))"
         )
@@ -52,4 +57,6 @@ class Visit:
     def captions(self, count: int) -> list[str]:
         """Wait for so many cards and return their captions, the newest first."""
         until(lambda: self.page.locator(".card").count() == count, f"{count} cards")
-        return [" ".join(text.split()) for text in self.page.locator(".card .caption").all_inner_texts()]
+        return [
+            " ".join(text.split()) for text in self.page.locator(".card .caption").all_inner_texts()
+        ]

@@ -1,4 +1,5 @@
-"""The COCO caption evaluation itself, as the package pycocoevalcap runs it, and captions to try it on."""
+"""The COCO caption evaluation itself, as the package pycocoevalcap runs it, and captions to try it
+on."""
 
 import importlib.util
 import random
@@ -19,44 +20,68 @@ def need_reference() -> None:
 def tokenise_by_reference(captions: Sequence[str], folder: Path) -> list[list[str]]:
     """Return the words of each caption as the reference's scorers see them.
 
-    The command and the list of punctuation are the package's own; the one Java process reads all captions, each
-    behind an empty line's worth of text, since the program looks beyond the end of a line.
+    The command and the list of punctuation are the package's own; the one Java process reads all
+    captions, each behind an empty line's worth of text, since the program looks beyond the end of a
+    line.
     """
     import pycocoevalcap.tokenizer.ptbtokenizer as reference
 
     jar = Path(reference.__file__).parent / reference.STANFORD_CORENLP_3_4_1_JAR
     path = folder / "captions.txt"
-    path.write_text("".join(" ".join(c.splitlines()) + "\nzzz\n" for c in captions), encoding="utf-8")
-    command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    path.write_text(
+        "".join(" ".join(c.splitlines()) + "\nzzz\n" for c in captions), encoding="utf-8"
+    )
+    command = [
+        "java",
+        "-Dfile.encoding=UTF-8",
+        "-cp",
+        str(jar),
+        "edu.stanford.nlp.process.PTBTokenizer",
+    ]
     done = subprocess.run(
-        [*command, "-preserveLines", "-lowerCase", str(path)], capture_output=True, timeout=300, check=True
+        [*command, "-preserveLines", "-lowerCase", str(path)],
+        capture_output=True,
+        timeout=300,
+        check=True,
     )
     lines = done.stdout.decode().split("\n")[: 2 * len(captions) : 2]
-    kept = (" ".join(w for w in line.rstrip().split(" ") if w not in reference.PUNCTUATIONS) for line in lines)
+    kept = (
+        " ".join(w for w in line.rstrip().split(" ") if w not in reference.PUNCTUATIONS)
+        for line in lines
+    )
     return [line.split() for line in kept]
 
 
 def scores_by_reference(
     tasks: Sequence[tuple[Mapping[str, str], Mapping[str, Sequence[str]]]], folder: Path
 ) -> list[dict[str, float]]:
-    """Return the reference's scores, times 100, of each task: hypotheses and references; one Java process for all.
+    """Return the reference's scores, times 100, of each task: hypotheses and references; one Java
+    process for all.
 
-    What it calls CIDEr is CIDEr-D. CIDEr is the same without what the D stands for: nothing clipped, and no penalty for
-    length.
+    What it calls CIDEr is CIDEr-D. CIDEr is the same without what the D stands for: nothing
+    clipped, and no penalty for length.
     """
     strings = list(
-        {c: 0 for said, written in tasks for c in [*said.values(), *(c for v in written.values() for c in v)]}
+        {
+            c: 0
+            for said, written in tasks
+            for c in [*said.values(), *(c for v in written.values() for c in v)]
+        }
     )
     words = dict(zip(strings, map(" ".join, tokenise_by_reference(strings, folder)), strict=True))
     results = []
     for said, written in tasks:
         hypotheses = {image: [words[caption]] for image, caption in said.items()}
-        references = {image: [words[caption] for caption in captions] for image, captions in written.items()}
+        references = {
+            image: [words[caption] for caption in captions] for image, captions in written.items()
+        }
         results.append(_score_words(hypotheses, references))
     return results
 
 
-def _score_words(hypotheses: dict[str, list[str]], references: dict[str, list[str]]) -> dict[str, float]:
+def _score_words(
+    hypotheses: dict[str, list[str]], references: dict[str, list[str]]
+) -> dict[str, float]:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider import cider_scorer
     from pycocoevalcap.cider.cider import Cider
@@ -91,7 +116,8 @@ PIECES = WORDS.split()
 
 
 def generated_captions(count: int, seed: int) -> Iterator[str]:
-    """Yield strings that a tokenizer can trip over: words, contractions, quotes, digits, spellings, marks."""
+    """Yield strings that a tokenizer can trip over: words, contractions, quotes, digits, spellings,
+    marks."""
     chance = random.Random(seed)
     for _ in range(count):
         words = chance.choices(PIECES, k=chance.randint(1, 9))
@@ -99,5 +125,7 @@ def generated_captions(count: int, seed: int) -> Iterator[str]:
             if chance.random() < 0.15:
                 words[i] = chance.choice(["'", '"', "(", "-", "#", "...", "``"]) + words[i]
             if chance.random() < 0.2:
-                words[i] += chance.choice(["'", '"', ")", "-", ".", ",", "!", "?", "'s", ";", ":", "''"])
+                words[i] += chance.choice(
+                    ["'", '"', ")", "-", ".", ",", "!", "?", "'s", ";", ":", "''"]
+                )
         yield " ".join(words)

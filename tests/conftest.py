@@ -1,4 +1,5 @@
-"""What all tests share: a private data folder, the real Flickr8k where there is one, and one trained captioner."""
+"""What all tests share: a private data folder, the real Flickr8k where there is one, and one
+trained captioner."""
 
 import functools
 import json
@@ -27,7 +28,8 @@ TRAINING_LIMIT = 2400  # seconds for a test that may have to wait for the one tr
 def private_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep every test away from the reader's data folder.
 
-    CAPGEN_DATA_FOR_TESTS names a folder to use again, and with it a training run that is finished already.
+    CAPGEN_DATA_FOR_TESTS names a folder to use again, and with it a training run that is finished
+    already.
     """
     given = os.environ.get("CAPGEN_DATA_FOR_TESTS")
     folder = Path(given).resolve() if given else tmp_path_factory.mktemp("capgen-data")
@@ -83,8 +85,19 @@ class ShapesRun:
 @functools.cache
 def train_on_shapes(data: Path, model: str) -> ShapesRun:
     """Train a shapes captioner once, by the real command line; a finished run is found again."""
-    command = [sys.executable, "-m", "capgen_utils", "train", "--preset", "shapes", "--model", model]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TRAINING_LIMIT, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "capgen_utils",
+        "train",
+        "--preset",
+        "shapes",
+        "--model",
+        model,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=TRAINING_LIMIT, check=False
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     run = ShapesRun(data, model)
     assert run.bundle.is_dir()
@@ -105,11 +118,24 @@ def any_shapes_run(request: pytest.FixtureRequest, private_data: Path) -> Shapes
 
 @pytest.fixture(scope="session")
 def shapes_results(any_shapes_run: ShapesRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Score a shapes captioner on its test split by the real command line; returns the folder of the results."""
+    """Score a shapes captioner on its test split by the real command line; returns the folder of
+    the results."""
     output = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "capgen_utils", "evaluate", "--bundle", str(any_shapes_run.bundle)]
+    command = [
+        sys.executable,
+        "-m",
+        "capgen_utils",
+        "evaluate",
+        "--bundle",
+        str(any_shapes_run.bundle),
+    ]
     done = subprocess.run(
-        [*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        [*command, "--output", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     (output / "stdout.txt").write_text(done.stdout)

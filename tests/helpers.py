@@ -1,4 +1,5 @@
-"""Small real things that tests are made of: images on disk, an encoder, a captioner, a training run."""
+"""Small real things that tests are made of: images on disk, an encoder, a captioner, a training
+run."""
 
 import importlib.util
 import json
@@ -18,19 +19,26 @@ from PIL import Image
 from torch import nn
 
 from capgen_utils import models
-from capgen_utils.batches import TrainingData
-from capgen_utils.checkpoint import Bundle, bundle_info, save_bundle
+from capgen_utils.bundle import Bundle, bundle_info, save_bundle
 from capgen_utils.config import DecodingConfig, SmallClipConfig, TrainingConfig, TransformerConfig
-from capgen_utils.datasets import Item, Manifest
-from capgen_utils.dual_encoder import DualEncoder
-from capgen_utils.encoders import Encoder, Preprocessing, new_shapes_cnn
-from capgen_utils.features import extract
-from capgen_utils.text import Tokenizer, WordTokenizer
-from capgen_utils.training import Trainer
+from capgen_utils.data.manifest import Item, Manifest
+from capgen_utils.text.words import Tokenizer, WordTokenizer
+from capgen_utils.training.batches import TrainingData
+from capgen_utils.training.trainer import Trainer
+from capgen_utils.vision.dual_encoder import DualEncoder
+from capgen_utils.vision.encoder import Encoder
+from capgen_utils.vision.encoders import new_shapes_cnn
+from capgen_utils.vision.features import extract
+from capgen_utils.vision.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT / "data" / "photos"
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (40, 60, 220),
+    "white": (240, 240, 240),
+}
 PLACES = ("left", "right", "top", "bottom")
 CPU = torch.device("cpu")
 
@@ -45,11 +53,14 @@ def need(name: str, available: object) -> None:
 
 
 def run_python(*arguments: str, cwd: Path | None = None, timeout: float = 300, **env: str) -> Any:
-    """Run Python in a fresh process with one thread; the tests' folder and the package can be imported."""
+    """Run Python in a fresh process with one thread; the tests' folder and the package can be
+    imported."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     full = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | env
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def capgen(*arguments: str | Path, cwd: Path | None = None, **env: str) -> Any:
@@ -57,12 +68,14 @@ def capgen(*arguments: str | Path, cwd: Path | None = None, **env: str) -> Any:
     return run_python("-m", "capgen_utils", *map(str, arguments), cwd=cwd, **env)
 
 
-# --- images ---------------------------------------------------------------------------------------------------------
+# --- images
 
 
 def load_benchmark(name: str) -> ModuleType:
     """Import a script of benchmarks/."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"bench_{name}", ROOT / "benchmarks" / f"{name}.py"
+    )
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[f"bench_{name}"] = module
@@ -91,12 +104,16 @@ def combinations() -> list[tuple[str, str, str]]:
     return [found[i] for i in order]
 
 
-def tiny_manifest(folder: Path, train: int = 12, dev: int = 4, test: int = 0, ragged: bool = True) -> Manifest:
+def tiny_manifest(
+    folder: Path, train: int = 12, dev: int = 4, test: int = 0, ragged: bool = True
+) -> Manifest:
     """Write small images with captions; captions per image vary from 1 to 3 where ``ragged``."""
     folder.mkdir(parents=True, exist_ok=True)
     splits = ["train"] * train + ["dev"] * dev + ["test"] * test
     items = []
-    for number, (split, (ground, bar, place)) in enumerate(zip(splits, combinations(), strict=False)):
+    for number, (split, (ground, bar, place)) in enumerate(
+        zip(splits, combinations(), strict=False)
+    ):
         name = f"{number:03d}.png"
         if not (folder / name).exists():  # a second process may be reading it
             two_tone(ground, bar, place).save(folder / name)
@@ -109,13 +126,15 @@ def tiny_manifest(folder: Path, train: int = 12, dev: int = 4, test: int = 0, ra
     return Manifest("tiny", folder, tuple(items))
 
 
-# --- an encoder and captioners --------------------------------------------------------------------------------------
+# --- an encoder and captioners
 
 
 def tiny_encoder(width: int = 12, size: int = 24, seed: int = 0) -> Encoder:
     """Return a random encoder with a BatchNorm: (24, 24) pixels -> 9 vectors of ``width``."""
     generator = torch.Generator().manual_seed(seed)
-    trunk = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, width, 2, stride=2))
+    trunk = nn.Sequential(
+        nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, width, 2, stride=2)
+    )
     with torch.no_grad():
         for parameter in trunk.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -126,11 +145,26 @@ def tiny_encoder(width: int = 12, size: int = 24, seed: int = 0) -> Encoder:
 
 
 TINY_SIZES: dict[str, Any] = {
-    "img_size": 24, "seq_len": 16, "d_model": 32, "n_decode": 2, "n_head": 4, "fc_dim": 64, "dropout": 0.0,
-    "word_dropout": 0.0, "embed_size": 32, "hidden_size": 32, "attention_size": 16, "num_layers": 2,
-    "tower_layers": 2, "tower_width": 32, "tower_heads": 4, "tower_positions": 20,
-    "n_embd": 32, "n_layer": 2, "n_positions": 20,
-}  # fmt: skip
+    "img_size": 24,
+    "seq_len": 16,
+    "d_model": 32,
+    "n_decode": 2,
+    "n_head": 4,
+    "fc_dim": 64,
+    "dropout": 0.0,
+    "word_dropout": 0.0,
+    "embed_size": 32,
+    "hidden_size": 32,
+    "attention_size": 16,
+    "num_layers": 2,
+    "tower_layers": 2,
+    "tower_width": 32,
+    "tower_heads": 4,
+    "tower_positions": 20,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_positions": 20,
+}
 
 
 # Ways to build a captioner that differ in more than size: name -> (model, hyperparameters).
@@ -138,13 +172,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "show_tell, pooled": ("show_tell", {"image": "pooled"}),
     "clip_prefix, tower": ("clip_prefix", {"text_inputs": "tower"}),
     "clip_gpt2, no gate": (
-        "clip_gpt2", {"gate": False, "reduction": 2, "image_positions": True, "gradient_checkpointing": True},
+        "clip_gpt2",
+        {"gate": False, "reduction": 2, "image_positions": True, "gradient_checkpointing": True},
     ),
-}  # fmt: skip
+}
 
 
 def tiny_config(model: str = "transformer", **changes: Any) -> Any:
-    """Return small hyperparameters of any registered model or variant: those of ``TINY_SIZES`` that it has."""
+    """Return small hyperparameters of any registered model or variant: those of ``TINY_SIZES`` that
+    it has."""
     model, own = VARIANTS.get(model, (model, {}))
     changes = own | changes
     kind = models.MODELS[model][1]
@@ -158,31 +194,45 @@ def tiny_tokenizer(words: int = 12) -> WordTokenizer:
 
 
 def tiny_shape(model: str) -> tuple[int, ...]:
-    """Return the shape of one image's features that a registered model or variant reads: a grid or a vector."""
-    return (9, 12) if models.feature_of(VARIANTS.get(model, (model,))[0], tiny_config(model)) == "grid" else (12,)
+    """Return the shape of one image's features that a registered model or variant reads: a grid or
+    a vector."""
+    return (
+        (9, 12)
+        if models.feature_of(VARIANTS.get(model, (model,))[0], tiny_config(model)) == "grid"
+        else (12,)
+    )
 
 
 def tiny_model(
-    model: str = "transformer", tokenizer: Tokenizer | None = None, shape: tuple[int, ...] | None = None, **changes: Any
+    model: str = "transformer",
+    tokenizer: Tokenizer | None = None,
+    shape: tuple[int, ...] | None = None,
+    **changes: Any,
 ) -> models.CaptionModel:
     """Return a small random captioner in eval mode, fp32."""
     torch.manual_seed(7)
     config, name = tiny_config(model, **changes), VARIANTS.get(model, (model,))[0]
-    built = models.build_model(name, config, tokenizer or tiny_tokenizer(), shape or tiny_shape(model)).eval()
+    built = models.build_model(
+        name, config, tokenizer or tiny_tokenizer(), shape or tiny_shape(model)
+    ).eval()
     with torch.no_grad():  # what it says depends on the image more than on chance alone
         for name, parameter in built.named_parameters():
             if ("cross" in name or "projection" in name) and name.endswith("weight"):
                 parameter.mul_(4)
             elif name == "norm.weight":
                 parameter.mul_(3)
-            elif name.endswith(("wte.weight", "wpe.weight", "head.weight")):  # GPT-2 begins with small numbers
+            elif name.endswith(
+                ("wte.weight", "wpe.weight", "head.weight")
+            ):  # GPT-2 begins with small numbers
                 parameter.mul_(10)
             elif name.endswith(".gate"):  # and looks at no image at first
                 parameter.fill_(1.0)
     return built
 
 
-def save_tiny_bundle(folder: Path, decoding: DecodingConfig | None = None, **changes: Any) -> Bundle:
+def save_tiny_bundle(
+    folder: Path, decoding: DecodingConfig | None = None, **changes: Any
+) -> Bundle:
     """Write a bundle with random weights, and the small private encoder of ``shapes`` in it."""
     torch.manual_seed(3)
     encoder = new_shapes_cnn(32)
@@ -196,23 +246,33 @@ def save_tiny_bundle(folder: Path, decoding: DecodingConfig | None = None, **cha
 
 
 TINY_CLIP = SmallClipConfig(
-    embed_size=24, vision_width=32, vision_layers=2, vision_heads=4, text_width=16, text_layers=2, text_heads=2,
+    embed_size=24,
+    vision_width=32,
+    vision_layers=2,
+    vision_heads=4,
+    text_width=16,
+    text_layers=2,
+    text_heads=2,
     seq_len=12,
-)  # fmt: skip
+)
 
 
 def tiny_dual(
-    stem: Encoder | None = None, tokenizer: Tokenizer | None = None, sizes: SmallClipConfig = TINY_CLIP
+    stem: Encoder | None = None,
+    tokenizer: Tokenizer | None = None,
+    sizes: SmallClipConfig = TINY_CLIP,
 ) -> DualEncoder:
     """Return a random small CLIP whose numbers differ from image to image and from text to text."""
     torch.manual_seed(5)
     return DualEncoder.new(sizes, stem or new_shapes_cnn(32), tokenizer or tiny_tokenizer())
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training
 
 
-def tiny_data(folder: Path, flip: bool = False, **manifest: Any) -> tuple[TrainingData, Encoder, WordTokenizer]:
+def tiny_data(
+    folder: Path, flip: bool = False, **manifest: Any
+) -> tuple[TrainingData, Encoder, WordTokenizer]:
     """Write images and features below ``folder``."""
     whole = tiny_manifest(folder / "images", **manifest)
     encoder, train = tiny_encoder(), whole.split("train")
@@ -233,15 +293,33 @@ def tiny_trainer(
 ) -> Trainer:
     """Return the trainer of a small captioner; data lies in ``folder``, the run in ``run``."""
     data, encoder, tokenizer = tiny_data(folder, flip, **(images or {}))
-    values = {"epochs": 3, "batch_images": 4, "learning_rate": 3e-3, "seed": 5, "dtype": "fp32"} | training
+    values = {
+        "epochs": 3,
+        "batch_images": 4,
+        "learning_rate": 3e-3,
+        "seed": 5,
+        "dtype": "fp32",
+    } | training
     config = TrainingConfig(**values)
     torch.manual_seed(config.seed)
-    captioner = models.build_model("transformer", tiny_config(**(model or {})), tokenizer, encoder.outputs["grid"])
+    captioner = models.build_model(
+        "transformer", tiny_config(**(model or {})), tokenizer, encoder.outputs["grid"]
+    )
     decoding = DecodingConfig(beam=2, max_length=12)
     return Trainer(
-        "transformer", captioner, tokenizer, data, encoder, config, decoding, run or folder / "run", "shapes",
-        torch.float32, trackers, CPU,
-    )  # fmt: skip
+        "transformer",
+        captioner,
+        tokenizer,
+        data,
+        encoder,
+        config,
+        decoding,
+        run or folder / "run",
+        "shapes",
+        torch.float32,
+        trackers,
+        CPU,
+    )
 
 
 def architecture(config: TransformerConfig) -> dict[str, Any]:
@@ -249,14 +327,22 @@ def architecture(config: TransformerConfig) -> dict[str, Any]:
     return asdict(config)
 
 
-# --- processes that are killed --------------------------------------------------------------------------------------
+# --- processes that are killed
 
 
-def start_script(what: str, folder: Path, stderr: int = subprocess.PIPE, **options: Any) -> "subprocess.Popen[str]":
+def start_script(
+    what: str, folder: Path, stderr: int = subprocess.PIPE, **options: Any
+) -> "subprocess.Popen[str]":
     """Start ``killed.py`` in a process of its own."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "killed.py"), what, str(folder), json.dumps(options)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "killed.py"),
+        what,
+        str(folder),
+        json.dumps(options),
+    ]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 

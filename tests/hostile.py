@@ -32,9 +32,23 @@ class Hostile:
     fine: bool = False
 
 
-def part(content: bytes, disposition: bytes = b'form-data; name="image"; filename="a.jpg"', more: bytes = b"") -> bytes:
+def part(
+    content: bytes,
+    disposition: bytes = b'form-data; name="image"; filename="a.jpg"',
+    more: bytes = b"",
+) -> bytes:
     """Return one part of a body, with the boundary before it."""
-    return b"--" + BOUNDARY + b"\r\nContent-Disposition: " + disposition + b"\r\n" + more + b"\r\n" + content + b"\r\n"
+    return (
+        b"--"
+        + BOUNDARY
+        + b"\r\nContent-Disposition: "
+        + disposition
+        + b"\r\n"
+        + more
+        + b"\r\n"
+        + content
+        + b"\r\n"
+    )
 
 
 def body(*parts: bytes) -> bytes:
@@ -80,7 +94,7 @@ def good_files() -> dict[str, bytes]:
     }
 
 
-# --- images ---------------------------------------------------------------------------------------------------------
+# --- images
 
 
 def truncated() -> Iterator[tuple[str, bytes]]:
@@ -100,8 +114,14 @@ def wrong_magic() -> Iterator[tuple[str, bytes]]:
     yield from (
         ("text", b"a photograph of a dog"),
         ("html", b"<!doctype html><script>alert(1)</script>"),
-        ("svg", b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/hostname"/></svg>'),
-        ("svg of entities", b'<!DOCTYPE s [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><svg>&b;</svg>'),
+        (
+            "svg",
+            b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/hostname"/></svg>',
+        ),
+        (
+            "svg of entities",
+            b'<!DOCTYPE s [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><svg>&b;</svg>',
+        ),
         ("pdf", b"%PDF-1.4\n1 0 obj<<>>endobj\n%%EOF"),
         ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(%pipe%id) (r) file"),
         (
@@ -109,7 +129,10 @@ def wrong_magic() -> Iterator[tuple[str, bytes]]:
             b"\xc5\xd0\xd3\xc6" + struct.pack("<6I", 32, 100, 0, 0, 0, 0) + b"%!PS" + b" " * 100,
         ),
         ("ppm", b"P6 8 8 255\n" + bytes(192)),
-        ("xbm", b"#define a_width 8\n#define a_height 8\nstatic char a_bits[] = {0,0,0,0,0,0,0,0};"),
+        (
+            "xbm",
+            b"#define a_width 8\n#define a_height 8\nstatic char a_bits[] = {0,0,0,0,0,0,0,0};",
+        ),
         ("tar", b"a" * 257 + b"ustar" + bytes(250)),
         ("zip", b"PK\x05\x06" + bytes(18)),
         ("elf", b"\x7fELF" + bytes(60)),
@@ -126,16 +149,37 @@ def wrong_magic() -> Iterator[tuple[str, bytes]]:
 
 def chunk(kind: bytes, content: bytes) -> bytes:
     """Return a chunk of a PNG."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
-def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 0, rows: int | None = None) -> bytes:
+def png(
+    width: int,
+    height: int,
+    *chunks: bytes,
+    depth: int = 8,
+    colour: int = 0,
+    rows: int | None = None,
+) -> bytes:
     """Return a PNG of zeros that says it has ``width`` x ``height`` pixels; its data hold ``rows``."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     packer = zlib.compressobj(9)
     row = bytes(1 + width * depth // 8)
-    packed = b"".join(packer.compress(row) for _ in range(height if rows is None else rows)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    packed = (
+        b"".join(packer.compress(row) for _ in range(height if rows is None else rows))
+        + packer.flush()
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + b"".join(chunks)
+        + chunk(b"IDAT", packed)
+        + chunk(b"IEND", b"")
+    )
 
 
 def gif(width: int, height: int, images: int = 1, inner: tuple[int, int] = (1, 1)) -> bytes:
@@ -148,11 +192,24 @@ def gif(width: int, height: int, images: int = 1, inner: tuple[int, int] = (1, 1
 def tiff(width: int, height: int, next_directory: int = 0, count: int = 1) -> bytes:
     """Return a TIFF of one strip that says it has ``width`` x ``height`` pixels."""
     entries = [
-        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8),
-        (277, 3, 1, 1), (278, 4, 1, height), (279, 4, count, 64),
-    ]  # fmt: skip
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1),
+        (273, 4, 1, 8),
+        (277, 3, 1, 1),
+        (278, 4, 1, height),
+        (279, 4, count, 64),
+    ]
     table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + table + struct.pack("<I", next_directory) + bytes(64)
+    return (
+        b"II*\0\x08\0\0\0"
+        + struct.pack("<H", len(entries))
+        + table
+        + struct.pack("<I", next_directory)
+        + bytes(64)
+    )
 
 
 def bmp(width: int, height: int) -> bytes:
@@ -191,10 +248,19 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         ("png bomb of 2 gigapixels", png(50000, 50000, rows=10)),
         ("png of 2^31 pixels a side", png(2**31 - 1, 2**31 - 1, rows=0)[:200]),
         ("png that holds more rows than it says", png(100, 10, rows=200_000)),
-        ("png with a text of 50 MB", png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000), 9)))),
-        ("png with a profile of 50 MB", png(8, 8, chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(50_000_000), 9)))),
+        (
+            "png with a text of 50 MB",
+            png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000), 9))),
+        ),
+        (
+            "png with a profile of 50 MB",
+            png(8, 8, chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(50_000_000), 9))),
+        ),
         ("png with 5000 text chunks", png(8, 8, *[chunk(b"tEXt", b"k\0v")] * 5000)),
-        ("png that says it has 2^31 frames", png(8, 8, chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)))),
+        (
+            "png that says it has 2^31 frames",
+            png(8, 8, chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0))),
+        ),
         ("gif with a canvas of 4 gigapixels", gif(65535, 65535)),
         ("gif of 200,000 frames", gif(8, 8, 200_000)),
         ("gif frame larger than its canvas", gif(8, 8, 1, (65535, 65535))),
@@ -209,7 +275,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         ("jpeg of 4 gigapixels", jpeg_size(65535, 65535)),
         ("jpeg larger than its data", jpeg_size(4000, 4000)),
         ("jpeg of 2000 scans", many_scans(2000)),
-    )  # fmt: skip
+    )
 
 
 def polyglots() -> Iterator[tuple[str, bytes]]:
@@ -218,7 +284,10 @@ def polyglots() -> Iterator[tuple[str, bytes]]:
     for kind in ("jpeg", "png", "gif"):
         yield f"{kind} that is a zip too", files[kind] + b"PK\x05\x06" + bytes(18)
         yield f"{kind} with html behind it", files[kind] + b"<script>alert(1)</script>"
-    yield "jpeg with php in a comment", files["jpeg"][:2] + b"\xff\xfe\0\x18<?php system($_GET[0]);" + files["jpeg"][2:]
+    yield (
+        "jpeg with php in a comment",
+        files["jpeg"][:2] + b"\xff\xfe\0\x18<?php system($_GET[0]);" + files["jpeg"][2:],
+    )
     yield "gif that is javascript too", b"GIF89a" + b"=1/*" + files["gif"][10:] + b"*/;alert(1)"
     yield "png behind text", b"hello" + files["png"]
     yield "pdf with a jpeg in it", b"%PDF-1.4\n" + files["jpeg"]
@@ -286,7 +355,11 @@ def metadata() -> Iterator[tuple[str, bytes]]:
     for name, content in exifs.items():
         yield f"jpeg with EXIF: {name}", saved("JPEG", exif=content)
         yield f"png with EXIF: {name}", png(8, 8, chunk(b"eXIf", content[6:]))
-    for name, profile in {"noise": random.Random(3).randbytes(700), "one byte": b"x", "zeros": bytes(3000)}.items():
+    for name, profile in {
+        "noise": random.Random(3).randbytes(700),
+        "one byte": b"x",
+        "zeros": bytes(3000),
+    }.items():
         yield f"jpeg with a colour profile: {name}", saved("JPEG", icc_profile=profile)
         yield f"png with a colour profile: {name}", saved("PNG", icc_profile=profile)
         yield f"webp with a colour profile: {name}", saved("WEBP", icc_profile=profile)
@@ -304,35 +377,49 @@ def flipped() -> Iterator[tuple[str, bytes]]:
             yield f"{kind} with changed bytes {number}", bytes(changed)
 
 
-# --- uploads --------------------------------------------------------------------------------------------------------
+# --- uploads
 
 
 def boundaries(good: bytes) -> Iterator[Hostile]:
     """Yield bodies that do not keep to their boundary."""
     whole = body(part(good))
     named = {
-        "no boundary": "multipart/form-data", "an empty one": "multipart/form-data; boundary=",
+        "no boundary": "multipart/form-data",
+        "an empty one": "multipart/form-data; boundary=",
         "another one": "multipart/form-data; boundary=other",
         "a long one": f"multipart/form-data; boundary={'b' * 5000}",
         "quotes that do not end": 'multipart/form-data; boundary="frontier7d1f',
-        "a line break": 'multipart/form-data; boundary="a\tb"', "not ASCII": "multipart/form-data; boundary=\xe9\xe8",
-        "twice": f"{KIND}; boundary=second", "json": "application/json",
+        "a line break": 'multipart/form-data; boundary="a\tb"',
+        "not ASCII": "multipart/form-data; boundary=\xe9\xe8",
+        "twice": f"{KIND}; boundary=second",
+        "json": "application/json",
         "a plain form": "application/x-www-form-urlencoded",
-        "multipart of another kind": "multipart/mixed; boundary=frontier7d1f", "nothing": "", "nonsense": ";;;===",
-        "an image": "image/jpeg", "many parameters": KIND + "; a=b" * 500,
-    }  # fmt: skip
+        "multipart of another kind": "multipart/mixed; boundary=frontier7d1f",
+        "nothing": "",
+        "nonsense": ";;;===",
+        "an image": "image/jpeg",
+        "many parameters": KIND + "; a=b" * 500,
+    }
     for name, kind in named.items():
         yield Hostile(f"content type with {name}", whole, kind)
     edge = b"--" + BOUNDARY
     shapes = {
-        "no last boundary": part(good), "only the last boundary": edge + b"--\r\n", "an empty body": b"",
-        "no line break behind the boundary": edge + b"Content-Disposition", "only line breaks": b"\r\n" * 1000,
-        "a boundary that ends in the middle": whole[: len(whole) - 6], "text before": b"preamble\r\n" + whole,
-        "text behind": whole + b"x" * 5000, "lf instead of crlf": whole.replace(b"\r\n", b"\n"),
+        "no last boundary": part(good),
+        "only the last boundary": edge + b"--\r\n",
+        "an empty body": b"",
+        "no line break behind the boundary": edge + b"Content-Disposition",
+        "only line breaks": b"\r\n" * 1000,
+        "a boundary that ends in the middle": whole[: len(whole) - 6],
+        "text before": b"preamble\r\n" + whole,
+        "text behind": whole + b"x" * 5000,
+        "lf instead of crlf": whole.replace(b"\r\n", b"\n"),
         "the boundary within the image": body(part(good + b"\r\n" + edge + b"\r\n" + good)),
-        "two ends": whole + whole, "dashes": b"-" * 10_000, "no headers": edge + b"\r\n\r\nx\r\n" + edge + b"--\r\n",
-        "cut in a header": whole[:60], "zeros": bytes(2000),
-    }  # fmt: skip
+        "two ends": whole + whole,
+        "dashes": b"-" * 10_000,
+        "no headers": edge + b"\r\n\r\nx\r\n" + edge + b"--\r\n",
+        "cut in a header": whole[:60],
+        "zeros": bytes(2000),
+    }
     for name, content in shapes.items():
         yield Hostile(f"body with {name}", content)
 
@@ -340,7 +427,11 @@ def boundaries(good: bytes) -> Iterator[Hostile]:
 def headers(good: bytes) -> Iterator[Hostile]:
     """Yield parts and requests with headers that play tricks."""
     parts: dict[str, bytes] = {
-        "no disposition": b"--" + BOUNDARY + b"\r\nContent-Type: image/jpeg\r\n\r\n" + good + b"\r\n",
+        "no disposition": b"--"
+        + BOUNDARY
+        + b"\r\nContent-Type: image/jpeg\r\n\r\n"
+        + good
+        + b"\r\n",
         "no name": part(good, b'form-data; filename="a.jpg"'),
         "another kind": part(good, b'attachment; name="image"'),
         "an empty name": part(good, b'form-data; name=""'),
@@ -370,20 +461,38 @@ def headers(good: bytes) -> Iterator[Hostile]:
     for name, content in parts.items():
         yield Hostile(f"part with {name}", body(content))
     for key, value in {
-        "Content-Encoding": "gzip", "X-HTTP-Method-Override": "DELETE",
-        "X-Forwarded-For": "1.1.1.1, ::1, nonsense", "Range": "bytes=0-1", "Origin": "https://elsewhere.example",
-        "Cookie": "a=" + "b" * 4000, "Authorization": "Basic " + "x" * 2000, "X-API-Key": "\x7f",
-    }.items():  # fmt: skip
+        "Content-Encoding": "gzip",
+        "X-HTTP-Method-Override": "DELETE",
+        "X-Forwarded-For": "1.1.1.1, ::1, nonsense",
+        "Range": "bytes=0-1",
+        "Origin": "https://elsewhere.example",
+        "Cookie": "a=" + "b" * 4000,
+        "Authorization": "Basic " + "x" * 2000,
+        "X-API-Key": "\x7f",
+    }.items():
         yield Hostile(f"request with {key}", body(part(good)), headers={key: value})
 
 
 def names(good: bytes) -> Iterator[Hostile]:
     """Yield uploads with file names that look like something else; no name is ever used."""
     for name in (
-        b"../../../../etc/passwd", b"..\\..\\windows\\win.ini", b"/dev/zero", b"file:///etc/passwd", b"a\0.jpg",
-        b"http://127.0.0.1:1/x.jpg", b"$(reboot).jpg", b"`id`.png", b"con.jpg", b"\xf0\x9f\x90\xb6.jpg", b"", b".",
-        b"%2e%2e%2f", b"a" * 3000, b"<script>.jpg", b"a.jpg; name=beam",
-    ):  # fmt: skip
+        b"../../../../etc/passwd",
+        b"..\\..\\windows\\win.ini",
+        b"/dev/zero",
+        b"file:///etc/passwd",
+        b"a\0.jpg",
+        b"http://127.0.0.1:1/x.jpg",
+        b"$(reboot).jpg",
+        b"`id`.png",
+        b"con.jpg",
+        b"\xf0\x9f\x90\xb6.jpg",
+        b"",
+        b".",
+        b"%2e%2e%2f",
+        b"a" * 3000,
+        b"<script>.jpg",
+        b"a.jpg; name=beam",
+    ):
         disposition = b'form-data; name="image"; filename="' + name + b'"'
         yield Hostile(f"file name {name[:30]!r}", body(part(good, disposition)))
 
@@ -391,24 +500,50 @@ def names(good: bytes) -> Iterator[Hostile]:
 def fields(good: bytes) -> Iterator[Hostile]:
     """Yield options that are not possible."""
     wrong: Sequence[tuple[bytes, bytes]] = [
-        (b"beam", b"0"), (b"beam", b"-1"), (b"beam", b"1e9"), (b"beam", b"9" * 900), (b"beam", b"nan"),
+        (b"beam", b"0"),
+        (b"beam", b"-1"),
+        (b"beam", b"1e9"),
+        (b"beam", b"9" * 900),
+        (b"beam", b"nan"),
         (b"beam", b"true"),
-        (b"temperature", b"inf"), (b"temperature", b"NaN"), (b"temperature", b"-0.1"), (b"top_p", b"0"),
+        (b"temperature", b"inf"),
+        (b"temperature", b"NaN"),
+        (b"temperature", b"-0.1"),
+        (b"top_p", b"0"),
         (b"top_p", b"2"),
-        (b"top_k", b"-5"), (b"seed", b"1" * 40), (b"max_length", b"100000"), (b"candidates", b"1000000"),
-        (b"model", b"../../x"), (b"model", b"\xe2\x80\xae"), (b"temperatures", b"[]"), (b"rerank", b"maybe"),
-        (b"__proto__", b"1"), (b"bundle", b"/tmp"), (b"groups", b"16"), (b"min_length", b"200"),
+        (b"top_k", b"-5"),
+        (b"seed", b"1" * 40),
+        (b"max_length", b"100000"),
+        (b"candidates", b"1000000"),
+        (b"model", b"../../x"),
+        (b"model", b"\xe2\x80\xae"),
+        (b"temperatures", b"[]"),
+        (b"rerank", b"maybe"),
+        (b"__proto__", b"1"),
+        (b"bundle", b"/tmp"),
+        (b"groups", b"16"),
+        (b"min_length", b"200"),
         (b"beam", "\u0663".encode()),
-    ]  # fmt: skip
+    ]
     for name, value in wrong:
         disposition = b'form-data; name="' + name + b'"'
-        yield Hostile(f"field {name.decode()}={value[:12]!r}", body(part(good), part(value, disposition)))
+        yield Hostile(
+            f"field {name.decode()}={value[:12]!r}", body(part(good), part(value, disposition))
+        )
 
 
 def corpus() -> list[Hostile]:
     """Return everything."""
     good = saved("JPEG")
-    images = [*truncated(), *wrong_magic(), *bombs(), *polyglots(), *sizes(), *metadata(), *flipped()]
+    images = [
+        *truncated(),
+        *wrong_magic(),
+        *bombs(),
+        *polyglots(),
+        *sizes(),
+        *metadata(),
+        *flipped(),
+    ]
     found = [Hostile(name, body(part(data))) for name, data in images]
     found += [Hostile(name, body(part(data)), fine=True) for name, data in odd_but_fine()]
     return found + [*boundaries(good), *headers(good), *names(good), *fields(good)]

@@ -1,6 +1,8 @@
-"""What tests run in processes of their own: training that is killed, slow extraction, two processes.
+"""What tests run in processes of their own: training that is killed, slow extraction, two
+processes.
 
-Run as ``python killed.py WHAT FOLDER [OPTIONS AS JSON]``. A line ``now`` says that the moment has come.
+Run as ``python killed.py WHAT FOLDER [OPTIONS AS JSON]``. A line ``now`` says that the moment has
+come.
 """
 
 import json
@@ -12,7 +14,8 @@ from typing import Any
 import torch
 from helpers import CPU, tiny_encoder, tiny_manifest, tiny_trainer
 
-from capgen_utils import features, training
+from capgen_utils.training import trainer as training
+from capgen_utils.vision import features
 
 
 def extraction(folder: Path, delay: float = 0.0) -> None:
@@ -27,8 +30,14 @@ def extraction(folder: Path, delay: float = 0.0) -> None:
     features._run = slowly
     manifest = tiny_manifest(folder / "images", train=40, dev=0)
     (folder / "images" / "003.png").write_bytes(b"damaged")
-    cache = features.extract(manifest, tiny_encoder(), folder=folder / "features", dtype=torch.float32, device=CPU,
-                             batch_size=2)  # fmt: skip
+    cache = features.extract(
+        manifest,
+        tiny_encoder(),
+        folder=folder / "features",
+        dtype=torch.float32,
+        device=CPU,
+        batch_size=2,
+    )
     print(cache.path, flush=True)
 
 
@@ -42,8 +51,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def train(folder: Path, run: str = "run", stop_step: int = 0, stop_evaluation: int = 0, **changes: Any) -> None:
-    """Train; say ``now`` and hang at a step or in an evaluation, so that the kill comes exactly there."""
+def train(
+    folder: Path, run: str = "run", stop_step: int = 0, stop_evaluation: int = 0, **changes: Any
+) -> None:
+    """Train; say ``now`` and hang at a step or in an evaluation, so that the kill comes exactly
+    there."""
     trainer = tiny_trainer(folder, folder / run, **(SETTINGS | changes))
     step, dev_loss = trainer._train_step, trainer._dev_loss
     evaluations = [0]
@@ -66,13 +78,15 @@ def train(folder: Path, run: str = "run", stop_step: int = 0, stop_evaluation: i
     trainer._train_step, trainer._dev_loss = stepping, evaluating
     trainer.train()
     tensors, _ = training._pack(trainer)
-    print(json.dumps([[e["train_loss"], e["dev_loss"]] for e in trainer.progress.history]), flush=True)
+    print(
+        json.dumps([[e["train_loss"], e["dev_loss"]] for e in trainer.progress.history]), flush=True
+    )
 
 
 def bulk(folder: Path, output: str = "out.jsonl", resume: bool = False) -> None:
     """Caption the folder's photos into a file, slowly, so that a kill can come between two batches."""
-    from capgen_utils import bulk as module
-    from capgen_utils import cli
+    from capgen_utils.apps.cli import bulk as module
+    from capgen_utils.apps.cli import main as cli
 
     write = module.write_batch
 
@@ -88,7 +102,12 @@ def bulk(folder: Path, output: str = "out.jsonl", resume: bool = False) -> None:
 
 def distributed(folder: Path, run: str = "run", train: int = 12, **changes: Any) -> None:
     """Train without any chance in the model, so that the number of processes cannot matter."""
-    settings = {"epochs": 2, "batch_images": 4, "checkpoint_steps": 3, "images": {"train": train}} | changes
+    settings = {
+        "epochs": 2,
+        "batch_images": 4,
+        "checkpoint_steps": 3,
+        "images": {"train": train},
+    } | changes
     trainer = tiny_trainer(folder, folder / run, **settings)
     progress = trainer.train()
     if trainer.accelerator.is_main_process:
@@ -99,5 +118,7 @@ def distributed(folder: Path, run: str = "run", train: int = 12, **changes: Any)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what = {"extraction": extraction, "bulk": bulk, "train": train, "distributed": distributed}[sys.argv[1]]
+    what = {"extraction": extraction, "bulk": bulk, "train": train, "distributed": distributed}[
+        sys.argv[1]
+    ]
     what(Path(sys.argv[2]), **json.loads(sys.argv[3] if len(sys.argv) > 3 else "{}"))

@@ -6,11 +6,33 @@ from pathlib import Path
 from typing import Any
 
 METRICS = {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "CIDEr-D"}
-SCORES = METRICS | {"BLEU-4 on the wrong images", "distinct", "mean_length", "unk", "copied", "novel_4"}
+SCORES = METRICS | {
+    "BLEU-4 on the wrong images",
+    "distinct",
+    "mean_length",
+    "unk",
+    "copied",
+    "novel_4",
+}
 PROTOCOL = {
-    "dataset", "split", "images", "images_in_split", "references", "BLEU", "ROUGE-L", "CIDEr", "CIDEr-D",
-    "tokenisation", "intervals", "decoding", "encoder", "encoder_weights", "extraction_dtype", "seed", "revision",
-}  # fmt: skip
+    "dataset",
+    "split",
+    "images",
+    "images_in_split",
+    "references",
+    "BLEU",
+    "ROUGE-L",
+    "CIDEr",
+    "CIDEr-D",
+    "tokenisation",
+    "intervals",
+    "decoding",
+    "encoder",
+    "encoder_weights",
+    "extraction_dtype",
+    "seed",
+    "revision",
+}
 FLOORS = {"constant caption", "random training caption", "nearest neighbour"}
 MACHINE = {"cpu", "cores", "threads", "load", "accelerator", "python", "versions"}
 VERSIONS = {"torch", "torchvision", "timm", "transformers", "accelerate", "numpy", "pillow", "nltk"}
@@ -28,15 +50,29 @@ def strings(value: Any) -> list[str]:
 def problems(result: dict[str, Any], host: str = "") -> list[str]:
     """Return what is missing from the results of an evaluation, or should not be there."""
     found = []
-    parts = {"scores": SCORES, "intervals": METRICS, "floors": FLOORS, "protocol": PROTOCOL, "machine": MACHINE}
+    parts = {
+        "scores": SCORES,
+        "intervals": METRICS,
+        "floors": FLOORS,
+        "protocol": PROTOCOL,
+        "machine": MACHINE,
+    }
     for part, keys in parts.items():
         found += [f"{part} lacks {key}" for key in sorted(keys - set(result.get(part) or {}))]
-    found += [f"no version of {v}" for v in sorted(VERSIONS - set((result.get("machine") or {}).get("versions") or {}))]
-    found += [f"lacks {key}" for key in ("model", "parameters", "date", "captions_per_second") if not result.get(key)]
+    found += [
+        f"no version of {v}"
+        for v in sorted(VERSIONS - set((result.get("machine") or {}).get("versions") or {}))
+    ]
+    found += [
+        f"lacks {key}"
+        for key in ("model", "parameters", "date", "captions_per_second")
+        if not result.get(key)
+    ]
     found += [f"lacks {key}" for key in ("people", "warnings", "findings") if key not in result]
     for name, row in (result.get("floors") or {}).items():
         found += [
-            f"{name} lacks {key}" for key in sorted(METRICS - set(row["scores"]) | METRICS - set(row["intervals"]))
+            f"{name} lacks {key}"
+            for key in sorted(METRICS - set(row["scores"]) | METRICS - set(row["intervals"]))
         ]
     found += [
         f"{name} is outside its interval"
@@ -44,7 +80,11 @@ def problems(result: dict[str, Any], host: str = "") -> list[str]:
         if not low <= result["scores"][name] <= high
     ]
     protocol = result.get("protocol") or {}
-    found += [f"protocol has no {key}" for key in ("encoder", "encoder_weights", "revision") if not protocol.get(key)]
+    found += [
+        f"protocol has no {key}"
+        for key in ("encoder", "encoder_weights", "revision")
+        if not protocol.get(key)
+    ]
     found += [f"holds the path {s[:60]!r}" for s in strings(result) if PATH.search(s)]
     if len(host) > 3:
         found += [f"holds the host name in {s[:60]!r}" for s in strings(result) if host in s]
@@ -54,9 +94,22 @@ def problems(result: dict[str, Any], host: str = "") -> list[str]:
 DELETED = {"words", "images", "looked", "patch", "stranger", "over patch", "over stranger"}
 POINTED = {"tries", "images", "chance", "chance near", "centre", "maps"}
 ATTENTION_PROTOCOL = {
-    "dataset", "split", "images", "images_in_split", "decoding", "intervals", "encoder", "encoder_weights",
-    "extraction_dtype", "share", "draws", "fill", "test_seed", "seed", "revision",
-}  # fmt: skip
+    "dataset",
+    "split",
+    "images",
+    "images_in_split",
+    "decoding",
+    "intervals",
+    "encoder",
+    "encoder_weights",
+    "extraction_dtype",
+    "share",
+    "draws",
+    "fill",
+    "test_seed",
+    "seed",
+    "revision",
+}
 
 
 def attention_problems(result: dict[str, Any]) -> list[str]:
@@ -65,7 +118,9 @@ def attention_problems(result: dict[str, Any]) -> list[str]:
     found = [f"protocol lacks {key}" for key in sorted(ATTENTION_PROTOCOL - set(protocol))]
     found += [f"machine lacks {key}" for key in sorted(MACHINE - set(machine))]
     found += [f"no version of {v}" for v in sorted(VERSIONS - set(machine.get("versions") or {}))]
-    found += [f"lacks {key}" for key in ("model", "parameters", "date", "deletion") if not result.get(key)]
+    found += [
+        f"lacks {key}" for key in ("model", "parameters", "date", "deletion") if not result.get(key)
+    ]
     found += ["the share of the class token is missing"] * ("class token" not in result)
     for choice, row in (result.get("deletion") or {}).items():
         found += [f"deletion, {choice} lacks {key}" for key in sorted(DELETED - set(row))]
@@ -89,6 +144,10 @@ def prediction_problems(path: Path) -> list[str]:
     rows = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(rows, list) or not rows:
         return ["it is no list of captions"]
-    wrong = [row for row in rows if not isinstance(row, dict) or set(row) != {"image_id", "caption"}]
+    wrong = [
+        row for row in rows if not isinstance(row, dict) or set(row) != {"image_id", "caption"}
+    ]
     twice = len(rows) - len({str(row.get("image_id")) for row in rows if isinstance(row, dict)})
-    return [f"{len(wrong)} rows have other keys"] * bool(wrong) + [f"{twice} images come twice"] * bool(twice)
+    return [f"{len(wrong)} rows have other keys"] * bool(wrong) + [
+        f"{twice} images come twice"
+    ] * bool(twice)

@@ -1,4 +1,5 @@
-"""A service that tests talk to: in this process for most, in a process of its own where it has to be killed."""
+"""A service that tests talk to: in this process for most, in a process of its own where it has to
+be killed."""
 
 import os
 import re
@@ -16,7 +17,9 @@ import httpx
 import uvicorn
 from helpers import ROOT
 
-from capgen_utils.service import Limits, Protection, Served, create_app
+from capgen_utils.apps.serve.app import create_app
+from capgen_utils.apps.serve.protection import Limits, Protection
+from capgen_utils.apps.serve.served import Served
 
 PATIENCE = 120  # seconds to wait for what must come; never what is asserted
 
@@ -37,7 +40,9 @@ def running(
     app = create_app(served, limits, protection or Protection(rate=None))
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=20))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=20)
+    )
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     try:
@@ -61,9 +66,23 @@ class ServeProcess:
     """
 
     def __init__(self, *arguments: str | Path, **environment: str) -> None:
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
-        command = [sys.executable, "-m", "capgen_utils", "serve", "--port", "0", *map(str, arguments)]
-        self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        env = (
+            os.environ
+            | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            | environment
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "capgen_utils",
+            "serve",
+            "--port",
+            "0",
+            *map(str, arguments),
+        ]
+        self.process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         assert self.process.stdout is not None
         first = self.process.stdout.readline()
         found = re.search(r"http://\S+", first)
@@ -81,7 +100,8 @@ class ServeProcess:
         self.process.communicate()
 
     def ready(self) -> bool:
-        """Whether it says so; it may be slow to answer, but once it has named its address nobody is refused."""
+        """Whether it says so; it may be slow to answer, but once it has named its address nobody is
+        refused."""
         try:
             return httpx.get(f"{self.address}/readyz", timeout=10).status_code == 200
         except httpx.TimeoutException:

@@ -1,4 +1,5 @@
-"""What `make bench` compares is comparable: both decoders say the same, and every part is one that runs."""
+"""What `make bench` compares is comparable: both decoders say the same, and every part is one that
+runs."""
 
 import random
 from pathlib import Path
@@ -22,7 +23,9 @@ def test_our_decoder_and_the_library_s_say_the_same(
 ) -> None:
     monkeypatch.setattr(decoding, "REPEATS", 1)
     torch.manual_seed(0)
-    config = ClipGpt2Config(seq_len=decoding.LONGEST + 1, dropout=0.0, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    config = ClipGpt2Config(
+        seq_len=decoding.LONGEST + 1, dropout=0.0, n_embd=16, n_layer=1, n_head=2, n_positions=64
+    )
     model = decoding.TokenGpt2(config, decoding.VOCABULARY, decoding.WORD).eval()
     with torch.no_grad():  # so that images differ and captions end
         model.gpt2.wte.weight.mul_(20)
@@ -48,6 +51,8 @@ def test_every_part_of_the_benchmark_is_named_and_documented() -> None:
 
 def test_scoring_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = load_benchmark("run")
-    monkeypatch.setattr(run, "flickr8k_or_shapes", lambda: tiny_manifest(tmp_path / "images", test=6, ragged=False))
+    monkeypatch.setattr(
+        run, "flickr8k_or_shapes", lambda: tiny_manifest(tmp_path / "images", test=6, ragged=False)
+    )
     found = run.bench_metrics()
     assert (found["images"], found["references"]) == (6, 18) and found["seconds"] >= 0

@@ -1,4 +1,5 @@
-"""The first cell of the notebooks: on a host it adds what is missing and changes nothing; elsewhere it does nothing."""
+"""The first cell of the notebooks: on a host it adds what is missing and changes nothing; elsewhere
+it does nothing."""
 
 import json
 import os
@@ -16,11 +17,12 @@ import pytest
 import torch
 from helpers import ROOT, need
 
-from capgen_utils import bootstrap, doctor, stamping
-from capgen_utils.config import data_dir
-from capgen_utils.course import NOTEBOOKS, find_notebooks, offline
-from capgen_utils.files import CapGenError
-from capgen_utils.machine import repository_address, requirement_lines
+from capgen_utils import bootstrap
+from capgen_utils.apps.authoring import stamping
+from capgen_utils.apps.authoring.course import NOTEBOOKS, find_notebooks, offline
+from capgen_utils.apps.cli import doctor
+from capgen_utils.common.files import CapGenError
+from capgen_utils.common.paths import data_dir, repository_address, requirement_lines
 from capgen_utils.presets import get_preset
 
 ALL = find_notebooks(solutions=True)
@@ -35,7 +37,7 @@ def no_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
 
 
-# --- one template, one address --------------------------------------------------------------------------------------
+# --- one template, one address
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -51,14 +53,20 @@ def test_badges_in_the_readme_are_those_of_the_notebooks() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert stamping.stamp_text(readme) == readme, "run: make first-cells"
     for path in find_notebooks():
-        assert f"notebooks/{path.name}" in readme and stamping.badges(path.stem) in readme, path.name
+        assert f"notebooks/{path.name}" in readme and stamping.badges(path.stem) in readme, (
+            path.name
+        )
 
 
 def test_badges_name_address_and_tag_once() -> None:
     text = stamping.badges("03_show_and_tell")
     owner = repository_address().removeprefix("https://github.com/")
     place = f"{owner}/blob/{stamping.tag()}/notebooks/03_show_and_tell.ipynb"
-    assert text.count(place) == 2 and "colab.research.google.com/github/" in text and "kaggle.com/kernels" in text
+    assert (
+        text.count(place) == 2
+        and "colab.research.google.com/github/" in text
+        and "kaggle.com/kernels" in text
+    )
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -66,7 +74,10 @@ def test_badges_name_address_and_tag_once() -> None:
 
 
 def notebook_of(*sources: str) -> Any:
-    cells = [nbformat.v4.new_markdown_cell(s) if s.startswith("#") else nbformat.v4.new_code_cell(s) for s in sources]
+    cells = [
+        nbformat.v4.new_markdown_cell(s) if s.startswith("#") else nbformat.v4.new_code_cell(s)
+        for s in sources
+    ]
     return nbformat.v4.new_notebook(cells=cells)
 
 
@@ -75,16 +86,29 @@ def test_stamping_twice_is_stamping_once_and_keeps_the_rest() -> None:
     notebook.cells[2].outputs = [nbformat.v4.new_output("stream", text="1")]
     stamping.stamp(notebook, "03_show_and_tell")
     once = nbformat.writes(notebook)
-    assert notebook.cells[0].source == f"# Title\n\n{stamping.badges('03_show_and_tell')}\n\nText.\n\nMore."
-    assert notebook.cells[1].source == stamping.first_cell() and notebook.cells[2].outputs[0].text == "1"
+    assert (
+        notebook.cells[0].source
+        == f"# Title\n\n{stamping.badges('03_show_and_tell')}\n\nText.\n\nMore."
+    )
+    assert (
+        notebook.cells[1].source == stamping.first_cell()
+        and notebook.cells[2].outputs[0].text == "1"
+    )
     stamping.stamp(notebook, "03_show_and_tell")
     assert nbformat.writes(notebook) == once
-    for bad in (notebook_of("# Title", "x = 1"), notebook_of("x = 1"), notebook_of("# Title"), notebook_of()):
+    for bad in (
+        notebook_of("# Title", "x = 1"),
+        notebook_of("x = 1"),
+        notebook_of("# Title"),
+        notebook_of(),
+    ):
         with pytest.raises(CapGenError):
             stamping.stamp(bad)
 
 
-def test_the_command_writes_what_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_what_it_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "a.ipynb"
     nbformat.write(notebook_of("# Title", "PRESET = 1"), path)
     before = {one: one.read_bytes() for one in ALL}
@@ -107,10 +131,12 @@ def test_the_cell_is_short_and_chooses_the_preset() -> None:
     assert 'PRESET = os.environ.get("CAPGEN_PRESET", "shapes")' in stamping.first_cell()
 
 
-# --- elsewhere it does nothing --------------------------------------------------------------------------------------
+# --- elsewhere it does nothing
 
 
-def test_on_a_laptop_nothing_happens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_laptop_nothing_happens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a program was started"))
     before = dict(os.environ)
     assert bootstrap.host() is None
@@ -119,7 +145,7 @@ def test_on_a_laptop_nothing_happens(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert dict(os.environ) == before and capsys.readouterr().out == ""
 
 
-# --- on a host ------------------------------------------------------------------------------------------------------
+# --- on a host
 
 
 @pytest.mark.parametrize(("variable", "name"), [(HOSTS[0], "Colab"), (HOSTS[1], "Kaggle")])
@@ -132,7 +158,7 @@ def test_a_host_without_gpu_is_told_where_the_switch_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(HOSTS[1], "Interactive")
-    monkeypatch.setattr("capgen_utils.config.choose_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("capgen_utils.common.device.choose_device", lambda: torch.device("cpu"))
     monkeypatch.setattr("capgen_utils.presets.choose_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(bootstrap, "install_missing", list)
     bootstrap.prepare()
@@ -144,18 +170,28 @@ def test_a_host_without_gpu_is_told_where_the_switch_is(
     assert "WARNING: no GPU is switched on: Settings > Accelerator > GPU T4 x2 (not P100)" in said
 
 
-def test_a_gpu_that_torch_cannot_run_on_is_told_by_a_real_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_cannot_run_on_is_told_by_a_real_operation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def no_kernels(*_: Any) -> None:
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+        raise RuntimeError(
+            "CUDA error: no kernel image is available for execution on the device\nmore"
+        )
 
-    monkeypatch.setattr("capgen_utils.config.choose_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("capgen_utils.common.device.choose_device", lambda: torch.device("cuda"))
     monkeypatch.setattr("capgen_utils.presets.choose_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr("capgen_utils.config.choose_dtype", lambda _: torch.float16)
+    monkeypatch.setattr("capgen_utils.common.device.choose_dtype", lambda _: torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
     monkeypatch.setattr(doctor, "check_device", no_kernels)
     first, second = bootstrap.describe("auto", "Kaggle")
-    assert first == f"Kaggle: Tesla P100, float16; preset flickr8k, encoder {get_preset('flickr8k').encoder}"
-    assert "the GPU does not work: CUDA error: no kernel image" in second and "T4 instead of P100" in second
+    assert (
+        first
+        == f"Kaggle: Tesla P100, float16; preset flickr8k, encoder {get_preset('flickr8k').encoder}"
+    )
+    assert (
+        "the GPU does not work: CUDA error: no kernel image" in second
+        and "T4 instead of P100" in second
+    )
     monkeypatch.setattr(doctor, "check_device", lambda *_: None)
     assert len(list(bootstrap.describe("auto", "Kaggle"))) == 1
 
@@ -171,17 +207,26 @@ def fake_colab(monkeypatch: pytest.MonkeyPatch, folder: Path, fails: bool = Fals
 
     drive = ModuleType("google.colab.drive")
     drive.mount = mount  # type: ignore[attr-defined]
-    for name, module in (("google", ModuleType("google")), ("google.colab", ModuleType("google.colab"))):
+    for name, module in (
+        ("google", ModuleType("google")),
+        ("google.colab", ModuleType("google.colab")),
+    ):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "google.colab.drive", drive)
     return mounted
 
 
-def test_features_and_runs_can_be_kept_on_drive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_features_and_runs_can_be_kept_on_drive(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     mounted = fake_colab(monkeypatch, tmp_path / "drive")
     assert bootstrap.host() == "Colab"
     for _ in range(2):  # a restarted kernel finds it mounted
-        assert bootstrap.keep_on_drive(tmp_path / "drive") == tmp_path / "drive" / "MyDrive" / "capgen" == data_dir()
+        assert (
+            bootstrap.keep_on_drive(tmp_path / "drive")
+            == tmp_path / "drive" / "MyDrive" / "capgen"
+            == data_dir()
+        )
     assert mounted == [str(tmp_path / "drive")]
     fake_colab(monkeypatch, tmp_path / "other", fails=True)
     with pytest.raises(CapGenError, match="mount failed"):
@@ -195,11 +240,13 @@ def test_photographs_stay_off_drive(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((name, folder))
         return folder or Path("found")
 
-    monkeypatch.setattr("capgen_utils.datasets.download_dataset", download)
+    monkeypatch.setattr("capgen_utils.data.datasets.download_dataset", download)
     environment = {"CAPGEN_DATA": str(bootstrap.DRIVE / "MyDrive" / "capgen")}
     assert bootstrap.find_images("flickr8k", environment) == Path("found")
     local, variable = bootstrap.LOCAL["flickr8k"]
-    assert asked == [("flickr8k", local), ("flickr8k", None)] and environment[variable] == str(local)
+    assert asked == [("flickr8k", local), ("flickr8k", None)] and environment[variable] == str(
+        local
+    )
     asked.clear()
     bootstrap.find_images("flickr8k", {})
     bootstrap.find_images("shapes", dict(environment))
@@ -210,22 +257,37 @@ def test_only_what_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert bootstrap.missing_requirements() == []
     there = {"torch": "2.4", "torchvision": "0.19", "numpy": "1.26.4", "Open-CLIP.Torch": "3"}
     canonical = {bootstrap._canonical(name): version for name, version in there.items()}
-    monkeypatch.setattr(bootstrap, "_version", lambda name: canonical.get(bootstrap._canonical(name), ""))
+    monkeypatch.setattr(
+        bootstrap, "_version", lambda name: canonical.get(bootstrap._canonical(name), "")
+    )
     missing = [line.split(">=")[0] for line in bootstrap.missing_requirements()]
-    assert "timm" in missing and not {"torch", "torchvision", "numpy", "open_clip_torch", "jupyterlab"} & set(missing)
+    assert "timm" in missing and not {
+        "torch",
+        "torchvision",
+        "numpy",
+        "open_clip_torch",
+        "jupyterlab",
+    } & set(missing)
     canonical.pop("numpy")
     with pytest.raises(CapGenError, match="no numpy"):
         bootstrap.install_missing()
 
 
-# --- by imitation: a machine with other versions --------------------------------------------------------------------
+# --- by imitation: a machine with other versions
 
 
-def wheel(folder: Path, name: str, version: str, needs: tuple[str, ...] = (), code: str = "") -> Path:
+def wheel(
+    folder: Path, name: str, version: str, needs: tuple[str, ...] = (), code: str = ""
+) -> Path:
     """Write a tiny real wheel."""
     module, plain = name.replace("-", "_").lower(), name.replace("-", "_")
     info = f"{plain}-{version}.dist-info"
-    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needs)]
+    lines = [
+        "Metadata-Version: 2.1",
+        f"Name: {name}",
+        f"Version: {version}",
+        *(f"Requires-Dist: {n}" for n in needs),
+    ]
     files = {
         f"{module}/__init__.py": f"__version__ = {version!r}\n{code}",
         f"{info}/METADATA": "\n".join(lines) + "\n",
@@ -256,12 +318,19 @@ class cpu: pass
 class backends:
     class mps(_No): pass
 """
-OLD = {"torch": "2.5.1+host", "torchvision": "0.20.1+host", "numpy": "1.26.4", "pillow": "11.0.0", "requests": "2.32.0"}
+OLD = {
+    "torch": "2.5.1+host",
+    "torchvision": "0.20.1+host",
+    "numpy": "1.26.4",
+    "pillow": "11.0.0",
+    "requests": "2.32.0",
+}
 
 
 @pytest.fixture(scope="module")
 def hosted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A machine like Colab's: a venv with other versions, a repository to clone, and an index full of temptations."""
+    """A machine like Colab's: a venv with other versions, a repository to clone, and an index full
+    of temptations."""
     need("git", shutil.which("git") and (ROOT / ".git").exists())
     folder = tmp_path_factory.mktemp("hosted")
     index, old, python = folder / "index", folder / "old", folder / "venv" / "bin" / "python"
@@ -271,11 +340,18 @@ def hosted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for line in requirement_lines():
         name = line.split(">=")[0]
         if name not in (*OLD, "packaging"):
-            # Each wants what is there to be there, as the real ones do; versions are as high as any lower bound.
+            # Each wants what is there to be there, as the real ones do; versions are as high as any
+            # lower bound.
             wheel(index, name, "9999.0", needs=("torch", "numpy", "requests"))
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", str(folder / "venv")], check=True, capture_output=True
+    )
     first = [str(path) for path in old.iterdir()]
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-index", *first], check=True, capture_output=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--no-index", *first],
+        check=True,
+        capture_output=True,
+    )
     packages = next((folder / "venv" / "lib").glob("python*")) / "site-packages"
     _colab_into(packages)
     _repository(folder / "repository")
@@ -298,25 +374,48 @@ def _repository(folder: Path) -> None:
     for name in ("pyproject.toml", "requirements.txt", "constraints.txt"):
         shutil.copyfile(ROOT / name, folder / name)
     who = ["-c", "user.name=tests", "-c", "user.email=tests@example.org"]
-    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "all"], ["tag", stamping.tag()]):
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        [*who, "commit", "-q", "-m", "all"],
+        ["tag", stamping.tag()],
+    ):
         subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True)
 
 
 def run_first_cell(hosted: dict[str, Path], content: Path, after: str = "", **more: str) -> Any:
-    """Run the very cell of the notebooks in ``content``, with the repository and the index of the imitation."""
+    """Run the very cell of the notebooks in ``content``, with the repository and the index of the
+    imitation."""
     content.mkdir(exist_ok=True)
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("CAPGEN", "PIP", "PYTHON"))}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("CAPGEN", "PIP", "PYTHON"))
+    }
     env |= {
-        "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(hosted["index"]), "HOME": str(content),
-        "GIT_CONFIG_COUNT": "2", "GIT_CONFIG_KEY_0": f"url.file://{hosted['repository']}.insteadOf",
-        "GIT_CONFIG_VALUE_0": repository_address(), "GIT_CONFIG_KEY_1": "safe.directory", "GIT_CONFIG_VALUE_1": "*",
-    } | more  # fmt: skip
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(hosted["index"]),
+        "HOME": str(content),
+        "GIT_CONFIG_COUNT": "2",
+        "GIT_CONFIG_KEY_0": f"url.file://{hosted['repository']}.insteadOf",
+        "GIT_CONFIG_VALUE_0": repository_address(),
+        "GIT_CONFIG_KEY_1": "safe.directory",
+        "GIT_CONFIG_VALUE_1": "*",
+    } | more
     # Only the search for images is left out: it would draw them, which needs a real numpy.
     quiet = "\nimport json, importlib.metadata as m\n" + after
-    cell = stamping.first_cell().replace("\nbootstrap.announce", "\nbootstrap.find_images = print\nbootstrap.announce")
+    cell = stamping.first_cell().replace(
+        "\nbootstrap.announce", "\nbootstrap.find_images = print\nbootstrap.announce"
+    )
     code = f"import google.colab\n{cell}{quiet}"
     return subprocess.run(
-        [hosted["python"], "-c", code], cwd=content, env=env, capture_output=True, text=True, timeout=300, check=False
+        [hosted["python"], "-c", code],
+        cwd=content,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -329,14 +428,23 @@ def test_on_a_host_what_was_there_keeps_its_version(hosted: dict[str, Path]) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     have = json.loads(done.stdout.splitlines()[-1])
     assert {name: have[name] for name in OLD} == OLD
-    added = {name.split(">=")[0] for name in requirement_lines()} - {*OLD, "packaging", *bootstrap.NOT_NEEDED}
+    added = {name.split(">=")[0] for name in requirement_lines()} - {
+        *OLD,
+        "packaging",
+        *bootstrap.NOT_NEEDED,
+    }
     assert {name: have[name] for name in added} == dict.fromkeys(added, "9999.0")
     assert "jupyterlab" not in have
     assert (content / "capgen" / "capgen_utils").is_dir()
-    assert "Colab: no GPU, float32; preset shapes" in done.stdout and "WARNING: no GPU is switched on" in done.stdout
+    assert (
+        "Colab: no GPU, float32; preset shapes" in done.stdout
+        and "WARNING: no GPU is switched on" in done.stdout
+    )
     assert f"installing {len(added)} packages" in done.stdout
 
-    again = run_first_cell(hosted, content, VERSIONS, GIT_CONFIG_VALUE_0="nowhere://", PIP_FIND_LINKS="")
+    again = run_first_cell(
+        hosted, content, VERSIONS, GIT_CONFIG_VALUE_0="nowhere://", PIP_FIND_LINKS=""
+    )
     assert again.returncode == 0, again.stderr
     assert "installing" not in again.stdout, "a restarted kernel fetches and installs nothing"
     assert json.loads(again.stdout.splitlines()[-1]) == have
@@ -351,14 +459,22 @@ def test_a_package_that_wants_another_numpy_is_an_error_and_changes_nothing(
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, capture_output=True)
     old = [str(path) for path in (hosted["folder"] / "old").iterdir()]
     python = venv / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-index", *old], check=True, capture_output=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--no-index", *old], check=True, capture_output=True
+    )
     _colab_into(next((venv / "lib").glob("python*")) / "site-packages")
     shutil.copytree(hosted["index"], tmp_path / "index")
     next((tmp_path / "index").glob("timm-*")).unlink()
     wheel(tmp_path / "index", "timm", "9999.0", needs=("numpy>=2",))
     machine = hosted | {"python": python, "index": tmp_path / "index"}
     done = run_first_cell(machine, tmp_path / "content")
-    assert done.returncode == 1 and "CapGenError: cannot install" in done.stderr and "network" in done.stderr
-    listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True)
+    assert (
+        done.returncode == 1
+        and "CapGenError: cannot install" in done.stderr
+        and "network" in done.stderr
+    )
+    listed = subprocess.run(
+        [python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True
+    )
     have = {one["name"]: one["version"] for one in json.loads(listed.stdout)}
     assert {name: have[name] for name in OLD} == OLD and "timm" not in have

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from capgen_utils import config, presets
+from capgen_utils.common.device import choose_device, choose_dtype
+from capgen_utils.common.files import CapGenError
+from capgen_utils.common.paths import data_dir
 from capgen_utils.config import (
+    SMALL_CLIP,
     DecodingConfig,
     TrainingConfig,
     TransformerConfig,
-    choose_device,
-    choose_dtype,
-    data_dir,
     from_dict,
 )
-from capgen_utils.datasets import DATASETS
-from capgen_utils.encoders import ENCODERS
-from capgen_utils.files import CapGenError
+from capgen_utils.data.datasets import DATASETS
 from capgen_utils.models import MODELS
-from capgen_utils.presets import PRESETS, SMALL_CLIP, Preset, Recipe, get_preset
+from capgen_utils.presets import PRESETS, Preset, Recipe, get_preset
+from capgen_utils.vision.encoders import ENCODERS
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -33,11 +33,19 @@ def test_presets_name_things_that_exist_and_fit_together(name: str) -> None:
     for model in preset.models:
         recipe = preset.recipe(model)
         assert isinstance(recipe.config, MODELS[model][1])
-        assert recipe.encoder in {*ENCODERS, SMALL_CLIP} and recipe.tokenizer in ("word", "clip", "gpt2")
+        assert recipe.encoder in {*ENCODERS, SMALL_CLIP} and recipe.tokenizer in (
+            "word",
+            "clip",
+            "gpt2",
+        )
         assert recipe.decoding and recipe.training
-        assert recipe.decoding.max_length <= recipe.config.seq_len - 1, "more than the model can say"
+        assert recipe.decoding.max_length <= recipe.config.seq_len - 1, (
+            "more than the model can say"
+        )
         assert from_dict(TrainingConfig, asdict(recipe.training)) == recipe.training
-    assert {preset.clip.dataset or preset.dataset, preset.judge.dataset or preset.dataset} <= set(DATASETS)
+    assert {preset.clip.dataset or preset.dataset, preset.judge.dataset or preset.dataset} <= set(
+        DATASETS
+    )
     for training in filter(None, (preset.pretraining, preset.language)):
         assert from_dict(TrainingConfig, asdict(training)) == training
 
@@ -46,10 +54,17 @@ def test_a_recipe_keeps_what_it_says_and_takes_the_rest_from_the_preset() -> Non
     own = TrainingConfig(epochs=3)
     preset = replace(
         PRESETS["shapes"],
-        models={"transformer": Recipe(TransformerConfig()), "show_tell": Recipe(1, "resnet18", "clip", own)},
+        models={
+            "transformer": Recipe(TransformerConfig()),
+            "show_tell": Recipe(1, "resnet18", "clip", own),
+        },
     )
     plain, given = preset.recipe("transformer"), preset.recipe("show_tell")
-    assert (plain.encoder, plain.training, plain.decoding) == (preset.encoder, preset.training, preset.decoding)
+    assert (plain.encoder, plain.training, plain.decoding) == (
+        preset.encoder,
+        preset.training,
+        preset.decoding,
+    )
     assert (given.encoder, given.training, given.tokenizer) == ("resnet18", own, "clip")
     with pytest.raises(CapGenError, match="lstm9000") as error:
         preset.recipe("lstm9000")
@@ -83,7 +98,8 @@ def test_values_survive_json_and_missing_ones_have_defaults(kind: type) -> None:
 
 
 WRONG: list[tuple[type, str, Any]] = [
-    (TransformerConfig, "d_model", value) for value in ("256", None, 256.0, True, [256], {}, float("nan"))
+    (TransformerConfig, "d_model", value)
+    for value in ("256", None, 256.0, True, [256], {}, float("nan"))
 ] + [
     (TransformerConfig, "cnn_backbone", 5),
     (TransformerConfig, "cnn_backbone", None),
@@ -94,7 +110,7 @@ WRONG: list[tuple[type, str, Any]] = [
     (TransformerConfig, "dropout", float("inf")),
     (TrainingConfig, "dev_images", "all"),
     (TrainingConfig, "dtype", None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "key", "value"), WRONG, ids=str)
@@ -124,12 +140,17 @@ def test_configurations_cannot_be_changed_in_place() -> None:
     assert replace(TrainingConfig(), epochs=5).epochs == 5
 
 
-def test_the_data_folder_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_data_folder_is_named_by_a_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("CAPGEN_DATA", str(tmp_path))
     assert data_dir() == tmp_path
     monkeypatch.setenv("CAPGEN_DATA", "~/x")
     assert data_dir() == Path.home() / "x"
-    for unset in (lambda: monkeypatch.setenv("CAPGEN_DATA", ""), lambda: monkeypatch.delenv("CAPGEN_DATA")):
+    for unset in (
+        lambda: monkeypatch.setenv("CAPGEN_DATA", ""),
+        lambda: monkeypatch.delenv("CAPGEN_DATA"),
+    ):
         unset()
         assert data_dir() == config.REPOSITORY / "data"
 
@@ -143,7 +164,12 @@ def test_a_device_that_is_not_there_is_named(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+    [
+        ((6, 0), torch.float16),
+        ((7, 5), torch.float16),
+        ((8, 0), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+    ],
 )
 def test_bf16_only_where_the_card_has_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype

@@ -1,4 +1,5 @@
-"""Dockerfile and compose.yaml agree with the project: versions, paths, port, and what a careful image does."""
+"""Dockerfile and compose.yaml agree with the project: versions, paths, port, and what a careful
+image does."""
 
 import fnmatch
 import json
@@ -46,8 +47,16 @@ def test_the_python_is_one_that_the_project_supports() -> None:
 
 
 def test_everything_copied_exists_and_is_not_ignored() -> None:
-    copied = [path for value in values("COPY") if "--from=" not in value for path in value.split()[:-1]]
-    assert {"capgen_utils", "data/bundles", "requirements.txt", "constraints.txt", "pyproject.toml"} <= set(copied)
+    copied = [
+        path for value in values("COPY") if "--from=" not in value for path in value.split()[:-1]
+    ]
+    assert {
+        "capgen_utils",
+        "data/bundles",
+        "requirements.txt",
+        "constraints.txt",
+        "pyproject.toml",
+    } <= set(copied)
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*", "what is not named stays out"
@@ -67,7 +76,9 @@ def test_the_build_is_the_set_up_of_the_makefile() -> None:
     ], "for a processor by default"
     left_out = re.search(r"grep -vE '\^\(([^)]*)\)", runs)
     assert left_out
-    required = [line.split(">=")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    required = [
+        line.split(">=")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     assert set(left_out[1].split("|")) <= set(required)
 
 
@@ -77,29 +88,50 @@ def test_what_is_left_out_of_the_image_is_nothing_that_serving_imports() -> None
     kept = [line for line in lines if not re.match(pattern, line)]
     gone = {line.split(">=")[0] for line in lines} - {line.split(">=")[0] for line in kept}
     assert gone == {"jupyterlab", "ipywidgets", "kaggle", "kagglehub"}
-    served = [*(ROOT / "capgen_utils" / "service").glob("*.py"), ROOT / "capgen_utils" / "captioner.py"]
+    served = [
+        *(ROOT / "capgen_utils" / "service").glob("*.py"),
+        ROOT / "capgen_utils" / "captioner.py",
+    ]
     for path in served:
-        assert not re.search(r"^\s*(import|from) (jupyterlab|ipywidgets|kaggle)", path.read_text(), re.MULTILINE), path
+        assert not re.search(
+            r"^\s*(import|from) (jupyterlab|ipywidgets|kaggle)", path.read_text(), re.MULTILINE
+        ), path
 
 
 def test_it_runs_as_nobody_in_particular_and_writes_nothing_into_itself() -> None:
     (user,) = values("USER", LAST)
-    assert user.isdigit() and int(user) >= 10_000 and f"--uid {user}" in " ".join(values("RUN", LAST))
-    assert [name for name, _ in LAST].index("USER") > max(i for i, (name, _) in enumerate(LAST) if name in "RUN COPY")
-    assert "chmod -R a+rX ./*" in values("RUN")[-2], "whatever rights the files had, they can be read"
+    assert (
+        user.isdigit() and int(user) >= 10_000 and f"--uid {user}" in " ".join(values("RUN", LAST))
+    )
+    assert [name for name, _ in LAST].index("USER") > max(
+        i for i, (name, _) in enumerate(LAST) if name in "RUN COPY"
+    )
+    assert "chmod -R a+rX ./*" in values("RUN")[-2], (
+        "whatever rights the files had, they can be read"
+    )
     env = environment()
-    assert env["PYTHONDONTWRITEBYTECODE"] == "1" and env["HOME"] == "/tmp" and env["CAPGEN_DATA"] == "/data"
+    assert (
+        env["PYTHONDONTWRITEBYTECODE"] == "1"
+        and env["HOME"] == "/tmp"
+        and env["CAPGEN_DATA"] == "/data"
+    )
     for name in ("capgen", "capgen-gpu", "tensorboard"):
         service = COMPOSE["services"][name]
-        assert service["read_only"] is True and service["tmpfs"] == ["/tmp"] and service["cap_drop"] == ["ALL"]
-        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), "who wants it public says so"
+        assert (
+            service["read_only"] is True
+            and service["tmpfs"] == ["/tmp"]
+            and service["cap_drop"] == ["ALL"]
+        )
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), (
+            "who wants it public says so"
+        )
 
 
 def test_port_health_and_command_agree_with_the_service() -> None:
-    from capgen_utils.cli import _parser
+    from capgen_utils.apps.cli.main import _parser
 
     (entry,), command = (json.loads(values(name, LAST)[0]) for name in ("ENTRYPOINT", "CMD"))
-    assert PROJECT["scripts"][entry] == "capgen_utils.cli:main"
+    assert PROJECT["scripts"][entry] == "capgen_utils.apps.cli.main:main"
     options = _parser().parse_args(command)
     assert options.host == "0.0.0.0" and values("EXPOSE", LAST) == [str(options.port)]
     (health,) = values("HEALTHCHECK", LAST)
@@ -116,19 +148,42 @@ def test_port_health_and_command_agree_with_the_service() -> None:
 def test_compose_has_a_service_a_gpu_profile_and_tensorboard() -> None:
     services = COMPOSE["services"]
     assert "profiles" not in services["capgen"] and services["capgen"]["build"] == "."
-    assert services["capgen-gpu"]["profiles"] == ["gpu"] and services["tensorboard"]["profiles"] == ["tensorboard"]
+    assert services["capgen-gpu"]["profiles"] == ["gpu"] and services["tensorboard"][
+        "profiles"
+    ] == ["tensorboard"]
     arguments = services["capgen-gpu"]["build"]["args"]
     assert {name for name in arguments} <= {value.split("=")[0] for value in values("ARG")}
-    assert f"--build-arg TORCH_INDEX={arguments['TORCH_INDEX']} " in TEXT, "the one that the Dockerfile's head names"
+    assert f"--build-arg TORCH_INDEX={arguments['TORCH_INDEX']} " in TEXT, (
+        "the one that the Dockerfile's head names"
+    )
     (device,) = services["capgen-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"]
-    assert any(line.startswith("tensorboard>=") for line in (ROOT / "requirements.txt").read_text().splitlines())
+    assert any(
+        line.startswith("tensorboard>=")
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+    )
 
 
 KEYS = {
-    "build", "cap_drop", "command", "deploy", "entrypoint", "environment", "healthcheck", "image", "mem_limit",
-    "pids_limit", "ports", "profiles", "read_only", "restart", "security_opt", "stop_grace_period", "tmpfs", "volumes",
-}  # fmt: skip
+    "build",
+    "cap_drop",
+    "command",
+    "deploy",
+    "entrypoint",
+    "environment",
+    "healthcheck",
+    "image",
+    "mem_limit",
+    "pids_limit",
+    "ports",
+    "profiles",
+    "read_only",
+    "restart",
+    "security_opt",
+    "stop_grace_period",
+    "tmpfs",
+    "volumes",
+}
 
 
 def test_compose_uses_only_keys_of_the_specification() -> None:
@@ -139,7 +194,11 @@ def test_compose_uses_only_keys_of_the_specification() -> None:
 
 
 def test_the_build_context_is_small() -> None:
-    sent = [p for p in repository_files() if fnmatch.fnmatch(p.relative_to(ROOT).as_posix(), "data/bundles/*")]
+    sent = [
+        p
+        for p in repository_files()
+        if fnmatch.fnmatch(p.relative_to(ROOT).as_posix(), "data/bundles/*")
+    ]
     sent += [p for p in repository_files() if p.relative_to(ROOT).parts[0] == "capgen_utils"]
     assert sent and sum(path.stat().st_size for path in sent) < 200_000_000
 
@@ -147,7 +206,9 @@ def test_the_build_context_is_small() -> None:
 @pytest.mark.parametrize("tool", ["hadolint"])
 def test_the_linter_finds_nothing(tool: str) -> None:
     need(tool, found := shutil.which(tool) or _beside_python(tool))
-    done = subprocess.run([str(found), str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(found), str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -12,10 +12,11 @@ import torch
 from helpers import CPU, ROOT
 
 from capgen_utils import Captioner
-from capgen_utils.datasets import Manifest, load_dataset
-from capgen_utils.encoders import build_encoder
-from capgen_utils.features import extract
-from capgen_utils.text import tokenise
+from capgen_utils.data.datasets import load_dataset
+from capgen_utils.data.manifest import Manifest
+from capgen_utils.text.ptb import tokenise
+from capgen_utils.vision.encoders import build_encoder
+from capgen_utils.vision.features import extract
 
 pytestmark = pytest.mark.flickr8k
 LONG = 8  # words: shorter captions are things that anybody might write
@@ -29,18 +30,28 @@ def manifest(flickr8k: Path) -> Manifest:
 @functools.cache
 def tracked() -> list[Path]:
     command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    listed = (
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        .stdout.decode()
+        .split("\0")
+    )
     return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
 
 
 def test_the_official_splits(manifest: Manifest) -> None:
-    assert {s: len(manifest.split(s)) for s in manifest.split_names()} == {"train": 6000, "dev": 1000, "test": 1000}
+    assert {s: len(manifest.split(s)) for s in manifest.split_names()} == {
+        "train": 6000,
+        "dev": 1000,
+        "test": 1000,
+    }
     assert sum(len(i.captions) for i in manifest.items) == 40_000
 
 
 def test_real_photographs_are_encoded_and_differ(manifest: Manifest, tmp_path: Path) -> None:
     part = manifest.split("test").limit(64)
-    cache = extract(part, build_encoder("efficientnet_lite0"), folder=tmp_path, dtype=torch.float32, device=CPU)
+    cache = extract(
+        part, build_encoder("efficientnet_lite0"), folder=tmp_path, dtype=torch.float32, device=CPU
+    )
     assert not cache.failed and cache.array.shape == (64, 49, 1280)
     rows = cache.rows(cache.names).float().mean(1)
     assert torch.isfinite(rows).all()
@@ -50,12 +61,28 @@ def test_real_photographs_are_encoded_and_differ(manifest: Manifest, tmp_path: P
 
 def test_the_shipped_captioner_says_varied_things_of_real_photographs(manifest: Manifest) -> None:
     part = manifest.split("test").limit(64)
-    said = [c.text for c in Captioner.from_bundle(device="cpu").caption([manifest.path(i) for i in part.items])]
+    said = [
+        c.text
+        for c in Captioner.from_bundle(device="cpu").caption([manifest.path(i) for i in part.items])
+    ]
     assert len(set(said)) >= 40
     words = [set(tokenise(text)) for text in said]
-    content = {w for i in part.items for c in i.captions for w in tokenise(c)} - {"a", "the", "in", "on", "of", "and"}
-    own = [len(w & content & set(tokenise(" ".join(i.captions)))) for w, i in zip(words, part.items, strict=True)]
-    other = [len(w & content & set(tokenise(" ".join(part.items[(n + 7) % 64].captions)))) for n, w in enumerate(words)]
+    content = {w for i in part.items for c in i.captions for w in tokenise(c)} - {
+        "a",
+        "the",
+        "in",
+        "on",
+        "of",
+        "and",
+    }
+    own = [
+        len(w & content & set(tokenise(" ".join(i.captions))))
+        for w, i in zip(words, part.items, strict=True)
+    ]
+    other = [
+        len(w & content & set(tokenise(" ".join(part.items[(n + 7) % 64].captions))))
+        for n, w in enumerate(words)
+    ]
     assert sum(own) > 1.5 * sum(other), "captions fit their own photographs better than others"
 
 
@@ -67,7 +94,11 @@ def test_no_photograph_is_in_the_repository(manifest: Manifest) -> None:
     for path in tracked():
         if path.stat().st_size > 1000 and path.stat().st_size in sizes:
             own = hashlib.sha256(path.read_bytes()).digest()
-            same = [p.name for p in sizes[path.stat().st_size] if hashlib.sha256(p.read_bytes()).digest() == own]
+            same = [
+                p.name
+                for p in sizes[path.stat().st_size]
+                if hashlib.sha256(p.read_bytes()).digest() == own
+            ]
             assert not same, f"{path.relative_to(ROOT)} is Flickr8k's {same}"
     names = {i.image for i in manifest.items}
     assert not [p for p in tracked() if p.name in names]

@@ -1,4 +1,5 @@
-"""The notebooks: each runs from the first cell to the last, reads well, and shows what its code computes."""
+"""The notebooks: each runs from the first cell to the last, reads well, and shows what its code
+computes."""
 
 import ast
 import re
@@ -10,13 +11,12 @@ from conftest import TRAINING_LIMIT, train_on_shapes
 from helpers import ROOT, need
 from nbformat import NotebookNode
 
+from capgen_utils.apps.authoring.course import code_hash, run_notebook
 from capgen_utils.captioner import DEFAULT_BUNDLE
-from capgen_utils.course import code_hash, run_notebook
 
 NUMBERED = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("[0-9][0-9]_solutions.ipynb"))
 ALL = NUMBERED + SOLUTIONS
-
 MAX_LINES = 25  # of a cell
 MAX_BYTES = 600_000
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|mnt|opt|srv|work)/[\w./-]+")
@@ -39,7 +39,7 @@ def prose(path: Path) -> str:
     return "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
 
 
-# --- as they are written --------------------------------------------------------------------------------------------
+# --- as they are written
 
 
 def test_every_notebook_has_its_solutions_and_no_solution_is_left_over() -> None:
@@ -60,20 +60,30 @@ def test_cells_are_short_and_are_python(path: Path) -> None:
 def test_a_notebook_has_goals_times_warnings_glossary_and_exercises(path: Path) -> None:
     text = prose(path)
     assert text.startswith("# ")
-    for part in ("**In this notebook you will**", "**Time:**", "> **What goes wrong:", "## Glossary", "## Exercises"):
+    for part in (
+        "**In this notebook you will**",
+        "**Time:**",
+        "> **What goes wrong:",
+        "## Glossary",
+        "## Exercises",
+    ):
         assert part in text, part
     assert f"solutions/{path.name[:2]}_solutions.ipynb" in text
     exercises = text.split("## Exercises")[1]
     assert re.findall(r"^(\d)\. ", exercises, re.MULTILINE) == ["1", "2", "3"]
     glossary = text.split("## Glossary")[1].split("## Exercises")[0]
-    terms = [line.split("|")[1].strip() for line in glossary.splitlines() if line.startswith("| ")][1:]
+    terms = [line.split("|")[1].strip() for line in glossary.splitlines() if line.startswith("| ")][
+        1:
+    ]
     assert len(terms) >= 6 and terms == sorted(terms, key=str.lower)
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=named)
 def test_solutions_answer_all_three_and_check_themselves(path: Path) -> None:
     assert re.findall(r"^## (\d)\. ", prose(path), re.MULTILINE) == ["1", "2", "3"]
-    parts = re.split(r"^## \d\. ", "\n".join(cell.source for cell in read(path).cells), flags=re.MULTILINE)[1:]
+    parts = re.split(
+        r"^## \d\. ", "\n".join(cell.source for cell in read(path).cells), flags=re.MULTILINE
+    )[1:]
     assert all("assert" in part for part in parts)
 
 
@@ -92,10 +102,14 @@ def test_numbered_notebooks_check_what_they_build(path: Path) -> None:
     assert checks >= 4 and checks / len(cells) > 0.2
 
 
-@pytest.mark.parametrize("path", [p for p in NUMBERED if p.name[:2] in ("02", "05", "06", "07", "10")], ids=named)
+@pytest.mark.parametrize(
+    "path", [p for p in NUMBERED if p.name[:2] in ("02", "05", "06", "07", "10")], ids=named
+)
 def test_tensor_lines_say_their_shape(path: Path) -> None:
     lines = [line for cell in code_cells(path) for line in cell.source.splitlines()]
-    operations = re.compile(r"\.(?:transpose|permute|flatten|unflatten|softmax|log_softmax|masked_fill|gather)\(")
+    operations = re.compile(
+        r"\.(?:transpose|permute|flatten|unflatten|softmax|log_softmax|masked_fill|gather)\("
+    )
     made = [line for line in lines if re.match(r"\s*\w+ = ", line) and operations.search(line)]
     assert made and [line for line in made if not SIZES.search(line)] == []
 
@@ -118,10 +132,12 @@ def test_stored_outputs_are_clean_and_come_from_this_code(path: Path) -> None:
         assert all(cell.execution_count for cell in code_cells(path)), "run: make notebooks"
     for output in outputs:
         for kind in ("image/png", "image/jpeg"):
-            assert kind not in output.get("data", {}) or output.metadata[kind]["alt"], "a figure without a text"
+            assert kind not in output.get("data", {}) or output.metadata[kind]["alt"], (
+                "a figure without a text"
+            )
 
 
-# --- as they run ----------------------------------------------------------------------------------------------------
+# --- as they run
 
 
 TRAINED = {  # by number; the others need the transformer
@@ -138,8 +154,13 @@ TRAINED = {  # by number; the others need the transformer
 @pytest.mark.slow
 @pytest.mark.timeout(TRAINING_LIMIT)
 @pytest.mark.parametrize("path", ALL, ids=named)
-def test_runs_from_the_first_cell_to_the_last(path: Path, private_data: Path, tmp_path: Path) -> None:
-    runs = [train_on_shapes(private_data, model) for model in TRAINED.get(path.name[:2], ["transformer"])]
+def test_runs_from_the_first_cell_to_the_last(
+    path: Path, private_data: Path, tmp_path: Path
+) -> None:
+    runs = [
+        train_on_shapes(private_data, model)
+        for model in TRAINED.get(path.name[:2], ["transformer"])
+    ]
     if "from_bundle()" in path.read_text(encoding="utf-8"):
         need("the trained captioner that ships", (DEFAULT_BUNDLE / "model.safetensors").is_file())
     before = path.read_bytes()
@@ -147,7 +168,9 @@ def test_runs_from_the_first_cell_to_the_last(path: Path, private_data: Path, tm
     outcome = run_notebook(path, "shapes", tmp_path)
     assert not outcome.error, outcome.error
     assert path.read_bytes() == before
-    assert [(run.folder / "log.jsonl").read_bytes() for run in runs] == logs, "a finished run was trained again"
+    assert [(run.folder / "log.jsonl").read_bytes() for run in runs] == logs, (
+        "a finished run was trained again"
+    )
     page = outcome.page.read_text(encoding="utf-8")
     assert str(private_data) not in page and str(ROOT) not in page
     assert len(page) < 2_000_000

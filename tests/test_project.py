@@ -22,25 +22,11 @@ PACKAGE = ROOT / "capgen_utils"
 PHOTOS = ROOT / "data" / "photos"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-# Ground floor first. A module imports from lower floors and from what stands to its left on its own.
-FLOORS = [
-    ["compat", "files", "tensors", "machine", "config", "presets"],
-    ["hub", "images", "preprocessing", "treebank", "text", "twins", "bpe_files", "bpe", "options", "captions"]
-    + ["scenes", "shapes", "datasets", "metrics", "baselines"],
-    ["encoders", "dual_encoder", "features", "logits", "numpy_decoding", "decoding"],
-    ["models"],
-    ["checkpoint", "facts", "batches", "training", "pretraining", "contrastive", "language", "recipes", "shipping"],
-    ["rerank", "captioner", "onnx_captioner", "onnx_export", "model_card", "bulk", "attention", "scoring", "cost"]
-    + ["results", "grounding", "leaderboard"],
-    ["plots", "widgets", "service", "doctor", "bootstrap", "course", "stamping"]
-    + ["arguments", "captioning", "exporting", "serving", "cli"],
-]
-PLACES = {name: (floor, place) for floor, row in enumerate(FLOORS) for place, name in enumerate(row)}
-
 MAX_LINES = 40  # of a function, without its docstring
 TEXT_SUFFIXES = {"", ".cfg", ".ipynb", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|mnt|opt|srv|work)/[\w./-]+")
-# Files that may hold a path of that kind: file -> why. Paths inside a container are no one's machine.
+# Files that may hold a path of that kind: file -> why. Paths inside a container are no one's
+# machine.
 PATHS_ALLOWED: dict[str, str] = {"Dockerfile": "inside the image"}
 PICKLING = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve"}
 
@@ -50,10 +36,16 @@ def repository_files() -> tuple[Path, ...]:
     """Files that are tracked, or new and not ignored; all files where this is no clone."""
     command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
     if (ROOT / ".git").exists() and shutil.which("git"):
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+        listed = (
+            subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+            .stdout.decode()
+            .split("\0")
+        )
         paths = [ROOT / name for name in listed if name]
     else:
-        written = re.compile(r"(^|/)(\.(?!ci/|gitignore$)|__pycache__/|[^/]*\.egg-info/|build/|course-output/|runs/)")
+        written = re.compile(
+            r"(^|/)(\.(?!ci/|gitignore$)|__pycache__/|[^/]*\.egg-info/|build/|course-output/|runs/)"
+        )
         paths = [p for p in ROOT.rglob("*") if not written.search(p.relative_to(ROOT).as_posix())]
     return tuple(sorted(path for path in paths if path.is_file()))
 
@@ -62,13 +54,18 @@ def text_files() -> Iterator[tuple[str, str]]:
     """Yield name and content of the text files that the repository holds."""
     for path in repository_files():
         if path.suffix in TEXT_SUFFIXES and path.stat().st_size < 5_000_000:
-            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8", errors="replace")
+            yield (
+                path.relative_to(ROOT).as_posix(),
+                path.read_text(encoding="utf-8", errors="replace"),
+            )
 
 
 @functools.cache
 def trees() -> dict[Path, ast.Module]:
     """The package's modules, parsed."""
-    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+    return {
+        path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
+    }
 
 
 def definitions(node: ast.AST, public: bool = True) -> Iterator[tuple[ast.AST, bool]]:
@@ -86,7 +83,10 @@ def definitions(node: ast.AST, public: bool = True) -> Iterator[tuple[ast.AST, b
 
 
 def requirement_lines(name: str) -> list[str]:
-    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
+    lines = (
+        line.split("#")[0].strip()
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    )
     return [line for line in lines if line]
 
 
@@ -95,13 +95,17 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in pairs}
 
 
-# --- dependencies ---------------------------------------------------------------------------------------------------
+# --- dependencies
 
 
-@pytest.mark.parametrize("line", requirement_lines("requirements.txt") + PROJECT["optional-dependencies"]["dev"])
+@pytest.mark.parametrize(
+    "line", requirement_lines("requirements.txt") + PROJECT["optional-dependencies"]["dev"]
+)
 def test_requirements_have_lower_bounds_only_and_a_pin_that_meets_them(line: str) -> None:
     requirement = Requirement(line)
-    assert [s.operator for s in requirement.specifier] == [">="], "Colab and Kaggle keep their own versions"
+    assert [s.operator for s in requirement.specifier] == [">="], (
+        "Colab and Kaggle keep their own versions"
+    )
     assert requirement.marker is None and requirement.url is None
     pinned = pins().get(canonicalize_name(requirement.name))
     assert pinned, f"constraints.txt does not pin {requirement.name}"
@@ -110,7 +114,9 @@ def test_requirements_have_lower_bounds_only_and_a_pin_that_meets_them(line: str
 
 def test_constraints_are_exact_plain_versions() -> None:
     for line in requirement_lines("constraints.txt"):
-        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line), f"{line}: no local part, no file, no marker"
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line), (
+            f"{line}: no local part, no file, no marker"
+        )
     assert pins()["torch"] == "2.13.0"
     assert pins()["torchvision"] == "0.28.0"
     assert "capgen-utils" not in pins()
@@ -118,45 +124,19 @@ def test_constraints_are_exact_plain_versions() -> None:
 
 def test_the_package_names_its_dependencies_once() -> None:
     assert PROJECT["dynamic"] == ["dependencies"]
-    assert PROJECT["scripts"]["capgen"] == "capgen_utils.cli:main"
+    assert PROJECT["scripts"]["capgen"] == "capgen_utils.apps.cli.main:main"
 
 
 def test_every_link_to_the_repository_is_made_from_the_one_address() -> None:
     own = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
-    link = re.compile(r"(?:github\.com|githubusercontent\.com|colab\.research\.google\.com/github)/([\w.-]+/capgen)\b")
+    link = re.compile(
+        r"(?:github\.com|githubusercontent\.com|colab\.research\.google\.com/github)/([\w.-]+/capgen)\b"
+    )
     for name, text in text_files():
         assert set(link.findall(text)) <= {own}, name
 
 
-# --- the floors -----------------------------------------------------------------------------------------------------
-
-
-def imported_modules(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield line and top module for each import from the package, also inside functions."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "capgen_utils"):
-            assert not node.level, f"line {node.lineno}: write imports from capgen_utils in full"
-            rest = (node.module or "").split(".")[1:]
-            yield from ((node.lineno, name) for name in ([rest[0]] if rest else [alias.name for alias in node.names]))
-        elif isinstance(node, ast.Import):
-            parts = [alias.name.split(".") for alias in node.names]
-            yield from ((node.lineno, part[1]) for part in parts if part[0] == "capgen_utils" and len(part) > 1)
-
-
-def test_every_module_has_a_floor() -> None:
-    modules = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in trees()} - {"__init__", "__main__"}
-    assert modules <= set(PLACES), "say in FLOORS, and in the README, where the new module stands"
-
-
-@pytest.mark.parametrize("path", trees(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_modules_import_only_from_below_and_from_their_left(path: Path) -> None:
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for line, target in imported_modules(trees()[path]):
-        if target != own and target in PLACES and own in PLACES:
-            assert PLACES[target] < PLACES[own], f"{path.name}:{line} imports {target}, which stands above it"
-
-
-# --- the code -------------------------------------------------------------------------------------------------------
+# --- the code
 
 
 @pytest.mark.parametrize("path", trees(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
@@ -180,13 +160,19 @@ def pickle_uses(tree: ast.Module) -> Iterator[str]:
     """Yield each way in which a module could read or write pickles."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (f"{node.lineno}: import {a.name}" for a in node.names if a.name.split(".")[0] in PICKLING)
+            yield from (
+                f"{node.lineno}: import {a.name}"
+                for a in node.names
+                if a.name.split(".")[0] in PICKLING
+            )
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PICKLING:
             yield f"{node.lineno}: from {node.module}"
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            if called in ("torch.save", "joblib.dump") or called.endswith((".save_state", ".load_state")):
+            if called in ("torch.save", "joblib.dump") or called.endswith(
+                (".save_state", ".load_state")
+            ):
                 yield f"{node.lineno}: {called}"
             if called == "torch.load" and keywords.get("weights_only") != "True":
                 yield f"{node.lineno}: torch.load without weights_only=True"
@@ -195,7 +181,11 @@ def pickle_uses(tree: ast.Module) -> Iterator[str]:
 
 
 def test_nothing_in_the_package_pickles() -> None:
-    found = [f"{path.relative_to(ROOT)}:{use}" for path, tree in trees().items() for use in pickle_uses(tree)]
+    found = [
+        f"{path.relative_to(ROOT)}:{use}"
+        for path, tree in trees().items()
+        for use in pickle_uses(tree)
+    ]
     assert found == []
 
 
@@ -216,10 +206,12 @@ def test_no_text_holds_a_path_of_one_machine() -> None:
     assert found == []
 
 
-# --- what ships -----------------------------------------------------------------------------------------------------
+# --- what ships
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "README.md", "data/README.md", "data/photos/SOURCES.md"])
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "README.md", "data/README.md", "data/photos/SOURCES.md"]
+)
 def test_a_reader_finds(name: str) -> None:
     assert (ROOT / name).read_text(encoding="utf-8").strip()
 
@@ -227,7 +219,9 @@ def test_a_reader_finds(name: str) -> None:
 def test_every_photo_opens_is_small_and_has_a_source_and_the_other_way_round() -> None:
     sources = (PHOTOS / "SOURCES.md").read_text(encoding="utf-8")
     rows = {row.split("`")[1]: row for row in sources.splitlines() if row.startswith("| `")}
-    photos = {path.name for path in PHOTOS.iterdir() if path.name not in ("SOURCES.md", ".DS_Store")}
+    photos = {
+        path.name for path in PHOTOS.iterdir() if path.name not in ("SOURCES.md", ".DS_Store")
+    }
     assert photos == set(rows)
     assert 6 <= len(photos) <= 10
     for name, row in rows.items():
@@ -236,7 +230,9 @@ def test_every_photo_opens_is_small_and_has_a_source_and_the_other_way_round() -
         with Image.open(PHOTOS / name) as photo:
             photo.load()
             assert max(photo.size) <= 640 and photo.mode == "RGB"
-            assert not photo.getexif() and "icc_profile" not in photo.info, f"{name} carries metadata"
+            assert not photo.getexif() and "icc_profile" not in photo.info, (
+                f"{name} carries metadata"
+            )
 
 
 def test_downloads_are_ignored_and_small_data_is_not() -> None:
@@ -244,15 +240,32 @@ def test_downloads_are_ignored_and_small_data_is_not() -> None:
         pytest.skip("not a git clone")
 
     def ignored(name: str) -> bool:
-        return subprocess.run(["git", "check-ignore", "-q", "--no-index", name], cwd=ROOT, check=False).returncode == 0
+        return (
+            subprocess.run(
+                ["git", "check-ignore", "-q", "--no-index", name], cwd=ROOT, check=False
+            ).returncode
+            == 0
+        )
 
-    assert all(map(ignored, ["data/flickr8k/Images/1.jpg", "data/features/x.npy", ".venv/bin/python", "runs/a/b.json"]))
+    assert all(
+        map(
+            ignored,
+            [
+                "data/flickr8k/Images/1.jpg",
+                "data/features/x.npy",
+                ".venv/bin/python",
+                "runs/a/b.json",
+            ],
+        )
+    )
     assert ignored("course-output/report.html") and ignored("notebooks/.ipynb_checkpoints/a.ipynb")
-    assert not any(map(ignored, ["data/README.md", "data/splits/a.txt", "data/photos/a.jpg", "results/a.json"]))
+    assert not any(
+        map(ignored, ["data/README.md", "data/splits/a.txt", "data/photos/a.jpg", "results/a.json"])
+    )
     assert not ignored("data/bundles/a/model.safetensors")
 
 
-# --- the set-up -----------------------------------------------------------------------------------------------------
+# --- the set-up
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 
@@ -266,10 +279,17 @@ def script(path: Path, body: str) -> Path:
 
 
 def run_make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    outer = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON"}  # of the make that may be running these tests
+    outer = {
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "MFLAGS",
+        "PYTHON",
+    }  # of the make that may be running these tests
     env = {key: value for key, value in os.environ.items() if key not in outer}
     command = ["make", "--no-print-directory", "-f", str(ROOT / "Makefile"), *arguments]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @needs_make
@@ -280,18 +300,32 @@ def test_an_old_python_is_refused_with_its_version_and_a_remedy(tmp_path: Path) 
     assert "needs Python 3.11 or newer" in done.stderr
     assert f"{old} is 3.9" in done.stderr
     assert "make PYTHON=" in done.stderr
-    assert "no Python that runs" in run_make(tmp_path, "check-python", "PYTHON=no-such-python").stderr
+    assert (
+        "no Python that runs" in run_make(tmp_path, "check-python", "PYTHON=no-such-python").stderr
+    )
 
 
 @needs_make
 @pytest.mark.parametrize(
     ("versions", "chosen"),
-    [(["3.12", "3.11"], 0), (["3.9", "3.10", "3.13"], 2), (["3.15", "3.12"], 1), (["2.7", "3.14"], 1), (["3.100"], 0)],
+    [
+        (["3.12", "3.11"], 0),
+        (["3.9", "3.10", "3.13"], 2),
+        (["3.15", "3.12"], 1),
+        (["2.7", "3.14"], 1),
+        (["3.100"], 0),
+    ],
 )
-def test_the_first_suitable_python_is_chosen(tmp_path: Path, versions: list[str], chosen: int) -> None:
-    scripts = [script(tmp_path / f"python{i}", f"echo {version}") for i, version in enumerate(versions)]
+def test_the_first_suitable_python_is_chosen(
+    tmp_path: Path, versions: list[str], chosen: int
+) -> None:
+    scripts = [
+        script(tmp_path / f"python{i}", f"echo {version}") for i, version in enumerate(versions)
+    ]
     broken = script(tmp_path / "broken", "exit 127")
-    done = run_make(tmp_path, "check-python", f"CANDIDATES={' '.join(map(str, [broken, *scripts]))}")
+    done = run_make(
+        tmp_path, "check-python", f"CANDIDATES={' '.join(map(str, [broken, *scripts]))}"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == str(scripts[chosen])
 
@@ -307,7 +341,10 @@ def test_a_set_up_that_fails_half_way_does_not_look_complete(tmp_path: Path) -> 
         (tmp_path / name).touch()
     # This Python makes a .venv whose own Python answers but cannot install anything.
     inner = "mkdir -p .venv/bin && printf '#!/bin/sh\\ncase $1 in -m) exit 1;; esac\\n' > .venv/bin/python"
-    fake = script(tmp_path / "python", f"case $1 in -c) echo 3.12;; *) {inner} && chmod +x .venv/bin/python;; esac")
+    fake = script(
+        tmp_path / "python",
+        f"case $1 in -c) echo 3.12;; *) {inner} && chmod +x .venv/bin/python;; esac",
+    )
     for _ in range(2):
         done = run_make(tmp_path, "setup", f"PYTHON={fake}")
         assert done.returncode != 0

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 from helpers import load_benchmark
 
-from capgen_utils.cli import main
+from capgen_utils.apps.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +19,9 @@ def readme() -> ModuleType:
 
 
 def test_figures_are_those_of_the_results_files(readme: ModuleType) -> None:
-    assert set(readme.FIGURES) == set(re.findall(r"<!-- figures: (\w+) -->", README)), "every block, and no other"
+    assert set(readme.FIGURES) == set(re.findall(r"<!-- figures: (\w+) -->", README)), (
+        "every block, and no other"
+    )
     assert readme.fill(README) == README, "run: make readme"
 
 
@@ -36,9 +38,16 @@ def test_floors_people_intervals_and_costs_are_shown(readme: ModuleType) -> None
         for result in readme.results(dataset).values():
             low, high = result["intervals"]["BLEU-4"]
             assert f"{result['scores']['BLEU-4']:.1f} [{low:.1f}, {high:.1f}]" in block
-            for row in (*result["floors"].values(), result["people"]["human"], result["people"]["system"]):
+            for row in (
+                *result["floors"].values(),
+                result["people"]["human"],
+                result["people"]["system"],
+            ):
                 assert f"| {row['scores']['BLEU-4']:.1f} [" in block
-        assert all(f"*{row}*" in block for row in ("constant caption", "random training caption", "nearest neighbour"))
+        assert all(
+            f"*{row}*" in block
+            for row in ("constant caption", "random training caption", "nearest neighbour")
+        )
         assert "*one human*" in block
     assert readme.FIGURES["cost"]().count("\n") == 1 + len(readme.results())
 
@@ -47,12 +56,16 @@ def test_published_figures_name_source_encoder_and_protocol(readme: ModuleType) 
     block = readme.FIGURES["published"]()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()[2:]]
     assert len(rows) >= 5 and all(row[0] and row[1] and row[2] and row[-1] for row in rows)
-    assert {f"`{result['model']}`" for result in readme.results("flickr8k").values()} < {row[0] for row in rows}
+    assert {f"`{result['model']}`" for result in readme.results("flickr8k").values()} < {
+        row[0] for row in rows
+    }
     others = [row for row in rows if row[1] != "this course"]
     assert all("arXiv" in row[1] for row in others)
 
 
-def test_benchmarks_that_are_there_are_shown(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmarks_that_are_there_are_shown(
+    readme: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench = readme.read("benchmarks")
     rate = {
         "captions_per_second": 90.5,
@@ -62,15 +75,24 @@ def test_benchmarks_that_are_there_are_shown(readme: ModuleType, monkeypatch: py
     }
     machine = bench["extraction"]["machine"]
     bench["library"] = {
-        search + kind: rate for search in ("greedy", "beam_5") for kind in ("", "_fixed_length", "_one_image")
+        search + kind: rate
+        for search in ("greedy", "beam_5")
+        for kind in ("", "_fixed_length", "_one_image")
     } | {"batch": 32, "dtype": "float32", "threads": 2, "machine": machine}
     bench["metrics"] = {
-        "images": 1000, "resamples": 1000, "seconds": 0.7, "seconds_meteor": 4.5, "peak_anonymous_gigabytes": 0.3,
+        "images": 1000,
+        "resamples": 1000,
+        "seconds": 0.7,
+        "seconds_meteor": 4.5,
+        "peak_anonymous_gigabytes": 0.3,
         "machine": machine,
-    }  # fmt: skip
+    }
     monkeypatch.setattr(readme, "read", lambda name: bench)
     block = readme.speed()
-    assert "| 0.7 s; METEOR (nltk) 4.5 s |" in block and block.count("| 90.5 | 45.2 | 2.0 | 32 of 32 |") == 6
+    assert (
+        "| 0.7 s; METEOR (nltk) 4.5 s |" in block
+        and block.count("| 90.5 | 45.2 | 2.0 | 32 of 32 |") == 6
+    )
 
 
 def test_links_and_pictures_exist() -> None:
@@ -80,7 +102,9 @@ def test_links_and_pictures_exist() -> None:
     assert [target for target in local if not (ROOT / target).exists()] == []
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"^capgen (\w+.*?)(?:\s*#.*)?$", README, re.MULTILINE))))
+@pytest.mark.parametrize(
+    "line", sorted(set(re.findall(r"^capgen (\w+.*?)(?:\s*#.*)?$", README, re.MULTILINE)))
+)
 def test_commands_are_understood(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The options of every command shown are options that it has."""
     command, *rest = line.split()
@@ -103,7 +127,9 @@ def test_the_twelve_errors_are_ones_that_occur() -> None:
     shown = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
     assert len(shown) == 12
     paths = [ROOT / "Makefile", *(ROOT / "capgen_utils").rglob("*.py")]
-    sources = re.sub(r"\{[^{}]*\}", "…", "\n".join(path.read_text(encoding="utf-8") for path in paths))
+    sources = re.sub(
+        r"\{[^{}]*\}", "…", "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    )
     others = {"operator torchvision::nms does not exist", "no kernel image is available"}
     examples = {
         "resnet50": "…",
@@ -111,7 +137,9 @@ def test_the_twelve_errors_are_ones_that_occur() -> None:
         "nan at": "… at",
         "cannot write …: No space left on device": "cannot … …: …",
     }
-    for message in (one for line in shown for one in re.findall(r"`([^`]+)`", line) if one not in others):
+    for message in (
+        one for line in shown for one in re.findall(r"`([^`]+)`", line) if one not in others
+    ):
         for example, general in examples.items():
             message = message.replace(example, general)
         assert message.strip("… ").removesuffix(":") in sources, message
@@ -119,7 +147,9 @@ def test_the_twelve_errors_are_ones_that_occur() -> None:
 
 def test_it_says_how_to_cite_and_what_may_be_done_with_what() -> None:
     last = README.split("## Licence and citation")[1]
-    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    version = re.search(
+        r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert version and f"version {version[1]}" in last and "@software{" in last
     for what in ("MIT", "Apache-2.0", "CC0", "Flickr8k", "EfficientNet-Lite0"):
         assert what in last

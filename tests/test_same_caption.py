@@ -1,6 +1,8 @@
-"""One photograph, one caption: Python, command line, service, page, exported graphs and demo agree, features in fp32.
+"""One photograph, one caption: Python, command line, service, page, exported graphs and demo agree,
+features in fp32.
 
-The captioner is the one that ships, the photographs are the samples, and nothing is decoded otherwise than by default.
+The captioner is the one that ships, the photographs are the samples, and nothing is decoded
+otherwise than by default.
 """
 
 import json
@@ -16,9 +18,9 @@ from helpers import PHOTOS, capgen, need
 from serving_helpers import ServeProcess
 from test_widgets import captions_of, upload
 
-from capgen_utils import widgets
 from capgen_utils.captioner import DEFAULT_BUNDLE, Captioner
-from capgen_utils.captions import Caption
+from capgen_utils.decoding.captions import Caption
+from capgen_utils.show import widgets
 
 pytestmark = pytest.mark.slow
 PATHS = sorted(PHOTOS.glob("*.jpg"))
@@ -58,7 +60,9 @@ def test_features_in_bf16_would_be_noticed(expected: list[Caption]) -> None:
     usual = Captioner.from_bundle(device="cpu")
     need("a captioner that was trained on features in bf16", usual.features_dtype == "bfloat16")
     with pytest.raises(AssertionError):
-        check([(caption.text, caption.log_probability) for caption in usual.caption(PATHS)], expected)
+        check(
+            [(caption.text, caption.log_probability) for caption in usual.caption(PATHS)], expected
+        )
 
 
 def test_the_command_line(expected: list[Caption]) -> None:
@@ -66,7 +70,10 @@ def test_the_command_line(expected: list[Caption]) -> None:
 
 
 def test_the_exported_graphs(expected: list[Caption], tmp_path: Path) -> None:
-    need("onnx, onnxscript and onnxruntime", all(map(util.find_spec, ("onnx", "onnxscript", "onnxruntime"))))
+    need(
+        "onnx, onnxscript and onnxruntime",
+        all(map(util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+    )
     done = capgen("export", "--format", "onnx", "--output", tmp_path / "exported")
     assert done.returncode == 0, done.stderr
     check(said_by("--onnx", tmp_path / "exported"), expected)
@@ -75,7 +82,9 @@ def test_the_exported_graphs(expected: list[Caption], tmp_path: Path) -> None:
 def test_the_service(expected: list[Caption], service: str) -> None:
     found = []
     for path in PATHS:
-        answer = httpx.post(f"{service}/v1/captions", files={"image": path.read_bytes()}, timeout=100)
+        answer = httpx.post(
+            f"{service}/v1/captions", files={"image": path.read_bytes()}, timeout=100
+        )
         assert answer.status_code == 200, answer.text
         found += [(one["caption"], one["log_probability"]) for one in answer.json()["captions"]]
     check(found, expected)
@@ -89,7 +98,9 @@ def test_the_page(expected: list[Caption], service: str) -> None:
 
 
 def test_the_demo(expected: list[Caption], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capgen_utils.captioner.choose_device", lambda name="auto": torch.device("cpu"))
+    monkeypatch.setattr(
+        "capgen_utils.captioner.choose_device", lambda name="auto": torch.device("cpu")
+    )
     demo = widgets.Demo({"shipped": DEFAULT_BUNDLE})
     upload(demo, *((path.name, path.read_bytes()) for path in PATHS))
     demo.fp32.value = True

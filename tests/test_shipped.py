@@ -9,21 +9,22 @@ from helpers import PHOTOS, ROOT, run_python
 from safetensors import safe_open
 from test_shapes_captioner import TRUE
 
+from capgen_utils.apps.authoring.course import find_notebooks, run_notebook
+from capgen_utils.bundle import load_bundle
 from capgen_utils.captioner import DEFAULT_BUNDLE, Captioner
-from capgen_utils.checkpoint import load_bundle
-from capgen_utils.course import find_notebooks, run_notebook
-from capgen_utils.datasets import Manifest, load_dataset
+from capgen_utils.data.datasets import load_dataset
+from capgen_utils.data.manifest import Manifest
+from capgen_utils.data.shapes import is_true, load_scenes
 from capgen_utils.presets import PRESETS
-from capgen_utils.shapes import is_true, load_scenes
-from capgen_utils.shipping import SHIPPED
-from capgen_utils.text import tokenise
+from capgen_utils.text.ptb import tokenise
+from capgen_utils.training.shipped import SHIPPED
 
 OFFLINE = """
 import socket, sys
 def refuse(*args, **kwargs):
     raise OSError("this test has no network")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
-from capgen_utils.cli import main
+from capgen_utils.apps.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 BUNDLES = sorted(p.parent for p in (ROOT / "data" / "bundles").glob("*/config.json"))
@@ -41,7 +42,9 @@ def said() -> dict[str, str]:
 
 def test_the_sample_photographs_get_different_captions(said: dict[str, str]) -> None:
     assert len(set(said.values())) >= 0.8 * len(said), said
-    assert all(3 <= len(tokenise(caption)) <= 25 and "<" not in caption for caption in said.values())
+    assert all(
+        3 <= len(tokenise(caption)) <= 25 and "<" not in caption for caption in said.values()
+    )
 
 
 def test_a_dog_is_called_a_dog(said: dict[str, str]) -> None:
@@ -51,8 +54,10 @@ def test_a_dog_is_called_a_dog(said: dict[str, str]) -> None:
 def test_the_default_bundle_is_small_and_plain() -> None:
     files = [p for p in DEFAULT_BUNDLE.rglob("*") if p.is_file()]
     assert {p.relative_to(DEFAULT_BUNDLE).as_posix() for p in files} == {
-        "config.json", "model.safetensors", "tokenizer.json",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     assert sum(p.stat().st_size for p in files) <= 20_000_000
     with safe_open(DEFAULT_BUNDLE / "model.safetensors", framework="pt") as stream:
         assert {stream.get_slice(k).get_dtype() for k in stream.keys()} == {"F16"}  # noqa: SIM118
@@ -88,7 +93,10 @@ def test_captioners_of_drawn_scenes_are_nearly_as_right_as_before_they_were_made
     scenes = load_scenes(scenes_manifest.root)
     items = [item for item in scenes_manifest.split("test").items if not scenes[item.image].novel]
     captions = captioner.caption([scenes_manifest.path(item) for item in items], beam=3)
-    true = sum(is_true(caption.text, scenes[item.image]) for caption, item in zip(captions, items, strict=True))
+    true = sum(
+        is_true(caption.text, scenes[item.image])
+        for caption, item in zip(captions, items, strict=True)
+    )
     assert true / len(items) >= TRUE.get(model, 0.95) - 0.01
 
 
@@ -103,5 +111,7 @@ def test_a_notebook_goes_straight_on_without_training(
     (path,) = find_notebooks(number)
     outcome = run_notebook(path, "shapes", tmp_path / "pages", train=False)
     assert not outcome.error, outcome.error
-    assert "ready without training: show_tell, attend_tell" in outcome.page.read_text(encoding="utf-8")
+    assert "ready without training: show_tell, attend_tell" in outcome.page.read_text(
+        encoding="utf-8"
+    )
     assert not list(tmp_path.rglob("checkpoint.safetensors")), "nothing was trained"

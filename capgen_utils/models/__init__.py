@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from capgen_utils.common.files import CapGenError
 from capgen_utils.config import (
     AttendTellConfig,
     ClipGpt2Config,
@@ -11,17 +12,16 @@ from capgen_utils.config import (
     TransformerConfig,
     from_dict,
 )
-from capgen_utils.files import CapGenError
 from capgen_utils.models.attend_tell import AttendTellCaptioner
 from capgen_utils.models.base import IGNORED, CaptionModel, Grouping, State, caption_loss
 from capgen_utils.models.clip_gpt2 import ClipGpt2Captioner
 from capgen_utils.models.clip_prefix import ClipPrefixCaptioner
-from capgen_utils.models.joint import JointCaptioner
 from capgen_utils.models.show_tell import ShowTellCaptioner
 from capgen_utils.models.transformer import TransformerCaptioner
-from capgen_utils.text import Tokenizer
+from capgen_utils.text.words import Tokenizer
 
-# Model name -> (class, class of its hyperparameters). A new captioner is one file and one line here.
+# Model name -> (class, class of its hyperparameters). A new captioner is one file and one line
+# here.
 MODELS: dict[str, tuple[type[CaptionModel], type]] = {
     ShowTellCaptioner.name: (ShowTellCaptioner, ShowTellConfig),
     AttendTellCaptioner.name: (AttendTellCaptioner, AttendTellConfig),
@@ -30,10 +30,19 @@ MODELS: dict[str, tuple[type[CaptionModel], type]] = {
     ClipGpt2Captioner.name: (ClipGpt2Captioner, ClipGpt2Config),
 }
 
+
 __all__ = [
-    "IGNORED", "MODELS", "CaptionModel", "Grouping", "JointCaptioner", "State", "TransformerCaptioner", "build_model",
-    "caption_loss", "feature_of", "model_config",
-]  # fmt: skip
+    "IGNORED",
+    "MODELS",
+    "CaptionModel",
+    "Grouping",
+    "State",
+    "TransformerCaptioner",
+    "build_model",
+    "caption_loss",
+    "feature_of",
+    "model_config",
+]
 
 
 def model_config(name: str, values: Mapping[str, Any]) -> Any:
@@ -61,7 +70,9 @@ def _model_class(name: str) -> type[CaptionModel]:
     return MODELS[name][0]
 
 
-def build_model(name: str, config: Any, tokenizer: Tokenizer, feature_shape: tuple[int, ...]) -> CaptionModel:
+def build_model(
+    name: str, config: Any, tokenizer: Tokenizer, feature_shape: tuple[int, ...]
+) -> CaptionModel:
     """Return an untrained captioner.
 
     Args:

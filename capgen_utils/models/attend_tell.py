@@ -1,5 +1,5 @@
-"""ResNet + MLP attention + LSTM: at every word the captioner looks at the grid anew ("Show, Attend and Tell",
-arXiv 1502.03044, soft attention)."""
+"""ResNet + MLP attention + LSTM: at every word the captioner looks at the grid anew ("Show, Attend
+and Tell", arXiv 1502.03044, soft attention)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capgen_utils.common.sinusoids import grid_sinusoids
 from capgen_utils.config import AttendTellConfig
 from capgen_utils.models.base import IGNORED, CaptionModel, Memory, SharedState, caption_loss
 from capgen_utils.models.layers import dropout, hide_words
-from capgen_utils.tensors import grid_sinusoids
 
 
 @dataclass
@@ -45,7 +45,11 @@ class AttendTellCaptioner(CaptionModel):
     chunks = 2  # every step of the LSTM has its cost, so few long chunks are faster than many of one length
 
     def __init__(
-        self, config: AttendTellConfig, vocabulary_size: int, feature_shape: tuple[int, ...], unk_id: int
+        self,
+        config: AttendTellConfig,
+        vocabulary_size: int,
+        feature_shape: tuple[int, ...],
+        unk_id: int,
     ) -> None:
         super().__init__()
         self.config, self.unk_id, self.teacher_forcing = config, unk_id, 1.0
@@ -60,7 +64,10 @@ class AttendTellCaptioner(CaptionModel):
         self.score = nn.Parameter(torch.randn(config.attention_size) * config.attention_size**-0.5)
         self.gate = nn.Linear(width, width)
         self.embedding = nn.Embedding(vocabulary_size, words)
-        self.word_gates, self.gates = nn.Linear(words, 4 * width), nn.Linear(2 * width, 4 * width, bias=False)
+        self.word_gates, self.gates = (
+            nn.Linear(words, 4 * width),
+            nn.Linear(2 * width, 4 * width, bias=False),
+        )
         self.output = nn.Linear(2 * width + words, words)
         self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
         nn.init.normal_(self.embedding.weight, std=words**-0.5)
@@ -71,13 +78,18 @@ class AttendTellCaptioner(CaptionModel):
         values = dropout(values, self.config.dropout, self.training)  # (B, N, hidden)
         mean = values.mean(1)
         return AttendTellMemory(
-            values, self.key(values), torch.tanh(self.first_hidden(mean)), torch.tanh(self.first_cell(mean))
+            values,
+            self.key(values),
+            torch.tanh(self.first_hidden(mean)),
+            torch.tanh(self.first_cell(mean)),
         )
 
     def look(self, hidden: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Additive attention (arXiv 1409.0473): score = v . tanh(key + query), weights = softmax over the grid.
+        """Additive attention (arXiv 1409.0473): score = v . tanh(key + query), weights = softmax
+        over the grid.
 
-        It runs in fp32 also under autocast: the tanh of so many numbers is several times slower in bf16 on a CPU.
+        It runs in fp32 also under autocast: the tanh of so many numbers is several times slower in
+            bf16 on a CPU.
 
         Args:
             hidden: (M, hidden) of each caption's LSTM.
@@ -93,11 +105,14 @@ class AttendTellCaptioner(CaptionModel):
             context = (weights[:, None] @ values.float())[:, 0]  # (M, hidden)
         return torch.sigmoid(self.gate(hidden)) * context, weights
 
-    def advance_lstm(self, gates: Tensor, context: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    def advance_lstm(
+        self, gates: Tensor, context: Tensor, hidden: Tensor, cell: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """One LSTM step (Hochreiter and Schmidhuber 1997).
 
         Args:
-            gates: (M, 4 x hidden), what the word says to the gates; computed for all words of a caption at once.
+            gates: (M, 4 x hidden), what the word says to the gates; computed for all words of a
+                caption at once.
             context, hidden, cell: (M, hidden).
         """
         gates = (gates + self.gates(torch.cat([context, hidden], -1))).float()
@@ -106,17 +121,27 @@ class AttendTellCaptioner(CaptionModel):
         return torch.sigmoid(show) * torch.tanh(cell), cell
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (...) -> (..., embed), scaled to unit size: the same matrix also scores the output."""
-        return dropout(self.embedding(tokens) * self.config.embed_size**0.5, self.config.dropout, self.training)
+        """Token ids (...) -> (..., embed), scaled to unit size: the same matrix also scores the
+        output."""
+        return dropout(
+            self.embedding(tokens) * self.config.embed_size**0.5, self.config.dropout, self.training
+        )
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., 2 x hidden + embed) -> (..., V): the deep output layer; its last matrix is the embedding."""
+        """(..., 2 x hidden + embed) -> (..., V): the deep output layer; its last matrix is the
+        embedding."""
         x = torch.tanh(self.output(dropout(x, self.config.dropout, self.training)))
-        return F.linear(dropout(x, self.config.dropout, self.training), self.embedding.weight, self.output_bias)
+        return F.linear(
+            dropout(x, self.config.dropout, self.training), self.embedding.weight, self.output_bias
+        )
 
-    def unroll(self, memory: AttendTellMemory, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    def unroll(
+        self, memory: AttendTellMemory, tokens: Tensor, image: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Read whole captions; returns logits (M, T, V) and where each step looked, (M, T, N)."""
-        keys, values, hidden, cell = (part[image] for part in (memory.keys, memory.values, memory.hidden, memory.cell))
+        keys, values, hidden, cell = (
+            part[image] for part in (memory.keys, memory.values, memory.hidden, memory.cell)
+        )
         words = self.embed(hide_words(tokens, self.config.word_dropout, self.unk_id, self.training))
         gates = self.word_gates(words)  # (M, T, 4 x hidden)
         outputs: list[Tensor] = []
@@ -150,12 +175,18 @@ class AttendTellCaptioner(CaptionModel):
         return self.unroll(memory, tokens, image)[0]
 
     def loss(
-        self, memory: AttendTellMemory, tokens: Tensor, image: Tensor, targets: Tensor, label_smoothing: float = 0.0
+        self,
+        memory: AttendTellMemory,
+        tokens: Tensor,
+        image: Tensor,
+        targets: Tensor,
+        label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Cross-entropy; while training also the doubly stochastic penalty: over a caption each place is seen once.
+        """Cross-entropy; while training also the doubly stochastic penalty: over a caption each
+        place is seen once.
 
-        The penalty of a caption is mean over places of (1 - sum over its steps of the weight)^2, times its tokens,
-        so that the total over a batch can be divided by the number of tokens.
+        The penalty of a caption is mean over places of (1 - sum over its steps of the weight)^2,
+        times its tokens, so that the total over a batch can be divided by the number of tokens.
         """
         logits, weights = self.unroll(memory, tokens, image)
         total = caption_loss(logits, targets, label_smoothing)
@@ -179,4 +210,8 @@ class AttendTellCaptioner(CaptionModel):
         context, weights = self.look(hidden, memory.keys[image], memory.values[image])
         hidden, cell = self.advance_lstm(self.word_gates(word), context, hidden, cell)
         looked = {"attention": weights[:, None]} if attention else {}
-        return self.logits(torch.cat([hidden, context, word], -1)), state.after(hidden[None], cell[None]), looked
+        return (
+            self.logits(torch.cat([hidden, context, word], -1)),
+            state.after(hidden[None], cell[None]),
+            looked,
+        )

@@ -1,4 +1,5 @@
-"""What every captioner is to the rest of the package: four methods, and a state that decoding can reorder."""
+"""What every captioner is to the rest of the package: four methods, and a state that decoding can
+reorder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -17,7 +18,8 @@ class State(Protocol):
     """What a captioner remembers between two steps of decoding."""
 
     def select(self, rows: Tensor) -> Self:
-        """Return the state of hypotheses ``rows`` (M',): reordered, dropped or repeated; images stay shared."""
+        """Return the state of hypotheses ``rows`` (M',): reordered, dropped or repeated; images
+        stay shared."""
         ...
 
 
@@ -28,8 +30,8 @@ class CaptionModel(nn.Module, ABC):
         name: key in ``models.MODELS``.
         feature: the encoder output it reads, such as ``grid``.
         chunks: parts of about one caption length that a training batch is read in.
-        select_by_loss: the best epoch is the one with the lowest dev loss, and no dev captions are generated; else the
-            one with the highest BLEU-4.
+        select_by_loss: the best epoch is the one with the lowest dev loss, and no dev captions are
+            generated; else the one with the highest BLEU-4.
     """
 
     name: str
@@ -54,7 +56,8 @@ class CaptionModel(nn.Module, ABC):
         Args:
             memory: from ``encode``, of B images.
             tokens: (M, T), each row begins with the start token and may end in padding.
-            image: (M,), the row of ``memory`` that caption m belongs to; an image may have any number of captions.
+            image: (M,), the row of ``memory`` that caption m belongs to; an image may have any
+                number of captions.
 
         Returns:
             Logits (M, T, V); ``logits[:, t]`` scores ``tokens[:, t + 1]``.
@@ -65,7 +68,9 @@ class CaptionModel(nn.Module, ABC):
         """Return the state before the first word, one hypothesis for each image of ``memory``."""
 
     @abstractmethod
-    def step(self, tokens: Tensor, state: Any, attention: bool = False) -> tuple[Tensor, Any, Mapping[str, Tensor]]:
+    def step(
+        self, tokens: Tensor, state: Any, attention: bool = False
+    ) -> tuple[Tensor, Any, Mapping[str, Tensor]]:
         """Read one token for each live hypothesis.
 
         Args:
@@ -74,11 +79,20 @@ class CaptionModel(nn.Module, ABC):
             attention: also return where each head looked.
 
         Returns:
-            Logits (M, V) of the next token, the new state, and weights: name -> (M, heads, N), empty unless asked for.
+            Logits (M, V) of the next token, the new state, and weights: name -> (M, heads, N),
+            empty unless asked for.
         """
 
-    def loss(self, memory: Any, tokens: Tensor, image: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Return what training minimises, summed over the targets: cross-entropy, unless a captioner adds to it.
+    def loss(
+        self,
+        memory: Any,
+        tokens: Tensor,
+        image: Tensor,
+        targets: Tensor,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Return what training minimises, summed over the targets: cross-entropy, unless a
+        captioner adds to it.
 
         Args:
             memory, tokens, image: as in ``forward``.
@@ -88,7 +102,8 @@ class CaptionModel(nn.Module, ABC):
         return caption_loss(self(memory, tokens, image), targets, label_smoothing)
 
     def advance(self, share: float) -> None:
-        """Hear before each training step which ``share`` of training is done (0 to 1); schedules hang on it."""
+        """Hear before each training step which ``share`` of training is done (0 to 1); schedules
+        hang on it."""
 
 
 def caption_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -100,16 +115,21 @@ def caption_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) 
         label_smoothing: share of the target probability spread evenly over the vocabulary.
     """
     return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum",
+        logits.flatten(0, 1).float(),
+        targets.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
         label_smoothing=label_smoothing,
-    )  # fmt: skip
+    )
 
 
 class Grouping:
-    """Puts the captions of one image side by side, so that they share its keys and values without a copy.
+    """Puts the captions of one image side by side, so that they share its keys and values without a
+    copy.
 
-    Caption m becomes slot ``slot[m]`` of row ``image[m]`` in a tensor (B, S, ...), S being the largest number of
-    captions an image has. Where every image has S of them in order, this is a plain view.
+    Caption m becomes slot ``slot[m]`` of row ``image[m]`` in a tensor (B, S, ...), S being the
+    largest number of captions an image has. Where every image has S of them in order, this is a
+    plain view.
     """
 
     def __init__(self, image: Tensor, images: int) -> None:
@@ -138,7 +158,8 @@ class Grouping:
 
 @dataclass
 class Memory:
-    """What is computed once for B images: every field is a tensor whose dimension ``axis`` counts the images."""
+    """What is computed once for B images: every field is a tensor whose dimension ``axis`` counts
+    the images."""
 
     axis: ClassVar[int] = 0
 
@@ -153,15 +174,23 @@ class Memory:
 
     def select(self, rows: Tensor) -> Self:
         """Return the memory of images ``rows``."""
-        return replace(self, **{name: tensor.index_select(self.axis, rows) for name, tensor in self.tensors().items()})
+        return replace(
+            self,
+            **{
+                name: tensor.index_select(self.axis, rows)
+                for name, tensor in self.tensors().items()
+            },
+        )
 
 
 class KeyValues:
-    """Keys and values of the T tokens that M hypotheses have read, in one block of memory for each layer.
+    """Keys and values of the T tokens that M hypotheses have read, in one block of memory for each
+    layer.
 
-    There is room for some more tokens, so that a new one is written in place and the old ones stay where they are;
-    reordering copies them once. The states before and after a token share a block: where a state is continued a
-    second time, that continuation gets a block of its own. No gradient flows back through a cache.
+    There is room for some more tokens, so that a new one is written in place and the old ones stay
+    where they are; reordering copies them once. The states before and after a token share a block:
+    where a state is continued a second time, that continuation gets a block of its own. No gradient
+    flows back through a cache.
     """
 
     room = 8  # more tokens that a new block can take
@@ -190,22 +219,28 @@ class KeyValues:
         return after
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the newest token's (M, heads, 1, width) and return those of all T: (M, heads, T, width)."""
+        """Store the newest token's (M, heads, 1, width) and return those of all T: (M, heads, T,
+        width)."""
         block = self.blocks[layer]
         newest = block[:, self.length - 1]  # (M, 2, heads, width)
         newest[:, 0], newest[:, 1] = key[:, :, 0].detach(), value[:, :, 0].detach()
-        keys, values = block[:, : self.length].transpose(1, 3).unbind(2)  # of (M, heads, 2, T, width)
+        keys, values = (
+            block[:, : self.length].transpose(1, 3).unbind(2)
+        )  # of (M, heads, 2, T, width)
         return keys, values
 
     def at_first(self, first: Tensor, later: Tensor) -> Tensor:
-        """Return ``first`` where the newest token is the first one, else ``later``; both of the same shape."""
+        """Return ``first`` where the newest token is the first one, else ``later``; both of the
+        same shape."""
         return first if self.length == 1 else later
 
     def select(self, rows: Tensor | None) -> "KeyValues":
         """Return the cache of hypotheses ``rows`` (M',), or a copy of all, with room again."""
         blocks, length = [], self.length
         for old in self.blocks:
-            block = old.new_empty(old.shape[0] if rows is None else len(rows), length + self.room, *old.shape[2:])
+            block = old.new_empty(
+                old.shape[0] if rows is None else len(rows), length + self.room, *old.shape[2:]
+            )
             if rows is None:
                 block[:, :length] = old[:, :length]
             else:
@@ -216,7 +251,8 @@ class KeyValues:
 
 @dataclass
 class SharedState:
-    """What decoding carries: the images' memory, shared, and what each of M hypotheses has for itself.
+    """What decoding carries: the images' memory, shared, and what each of M hypotheses has for
+    itself.
 
     Attributes:
         memory: of B images; never copied for a hypothesis.
@@ -255,7 +291,9 @@ class SharedState:
         present = torch.unique(image)
         if 2 * len(present) <= memory.images:
             memory, image = memory.select(present), torch.searchsorted(present, image)
-        cache = tuple(c.index_select(1, rows) if isinstance(c, Tensor) else c.select(rows) for c in self.cache)
+        cache = tuple(
+            c.index_select(1, rows) if isinstance(c, Tensor) else c.select(rows) for c in self.cache
+        )
         state = replace(self, memory=memory, image=image, cache=cache)
         if "grouping" in vars(self) and memory is self.memory and torch.equal(image, self.image):
             state.grouping = self.grouping

@@ -1,5 +1,6 @@
-"""CLIP + GPT-2: a GPT-2 that looks at the image through cross-attention injected into each of its layers, between the
-self-attention, which stays frozen, and the MLP. The gates are Flamingo's (arXiv 2204.14198)."""
+"""CLIP + GPT-2: a GPT-2 that looks at the image through cross-attention injected into each of its
+layers, between the self-attention, which stays frozen, and the MLP. The gates are Flamingo's (arXiv
+2204.14198)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from capgen_utils.compat import import_torchvision
+from capgen_utils.common.compat import import_torchvision
+from capgen_utils.common.files import CapGenError
+from capgen_utils.common.sinusoids import grid_sinusoids
 from capgen_utils.config import ClipGpt2Config
-from capgen_utils.files import CapGenError
 from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, SharedState
 from capgen_utils.models.layers import attend, attend_images, dropout, hide_words
 from capgen_utils.models.transformer import TransformerMemory
-from capgen_utils.tensors import grid_sinusoids
 
 
 def gpt2_config(config: ClipGpt2Config, vocabulary_size: int, **more: Any) -> Any:
@@ -31,7 +32,8 @@ def gpt2_config(config: ClipGpt2Config, vocabulary_size: int, **more: Any) -> An
 def project(layer: Any, x: Tensor) -> Tensor:
     """Apply one of GPT-2's ``Conv1D`` layers: (..., in) -> (..., out).
 
-    A module's call and the look-ups in it take a tenth of the time of a small product; decoding makes thousands.
+    A module's call and the look-ups in it take a tenth of the time of a small product; decoding
+    makes thousands.
     """
     return torch.addmm(layer.bias, x.flatten(0, -2), layer.weight).view(*x.shape[:-1], -1)
 
@@ -39,8 +41,9 @@ def project(layer: Any, x: Tensor) -> Tensor:
 class Gpt2Decoder(CaptionModel):
     """GPT-2 as the language half of a captioner; on its own it ignores the image.
 
-    The library's modules hold the weights under the library's names; its layers are run here, with room for the image
-    between self-attention and MLP, a cache that decoding can reorder, and attention that is fast on CPUs too.
+    The library's modules hold the weights under the library's names; its layers are run here, with
+    room for the image between self-attention and MLP, a cache that decoding can reorder, and
+    attention that is fast on CPUs too.
 
     Args:
         config: hyperparameters.
@@ -62,32 +65,46 @@ class Gpt2Decoder(CaptionModel):
                 "choose widths that divide",
             )
         if config.seq_len > config.n_positions:
-            raise CapGenError(f"seq_len {config.seq_len} is more than n_positions {config.n_positions}", "lower it")
+            raise CapGenError(
+                f"seq_len {config.seq_len} is more than n_positions {config.n_positions}",
+                "lower it",
+            )
         settings = gpt2_config(config, vocabulary_size)
         from transformers import GPT2Model
 
         self.config, self.unk_id = config, unk_id
         self.gpt2: Any = GPT2Model(settings)
-        self._blocks: tuple[Any, ...] = tuple(self.gpt2.h)  # looking them up by number takes as long as a small product
+        self._blocks: tuple[Any, ...] = tuple(
+            self.gpt2.h
+        )  # looking them up by number takes as long as a small product
         for block in self._blocks:  # older releases keep causal masks, which nothing here reads
             block.attn._buffers.clear()
 
     def embed(self, tokens: Tensor, first: int = 0) -> Tensor:
         """Token ids (M, T) at the places from ``first`` on -> (M, T, n_embd)."""
         places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-        return dropout(self.gpt2.wte(tokens) + self.gpt2.wpe(places), self.config.dropout, self.training)
+        return dropout(
+            self.gpt2.wte(tokens) + self.gpt2.wpe(places), self.config.dropout, self.training
+        )
 
     def project_self(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of layer i's self-attention: (M, T, n_embd) -> three (M, heads, T, width)."""
+        """Queries, keys and values of layer i's self-attention: (M, T, n_embd) -> three (M, heads,
+        T, width)."""
         block = self._blocks[i]
-        together = project(block.attn.c_attn, block.ln_1(x)).unflatten(-1, (3, self.config.n_head, -1))
+        together = project(block.attn.c_attn, block.ln_1(x)).unflatten(
+            -1, (3, self.config.n_head, -1)
+        )
         query, key, value = together.permute(2, 0, 3, 1, 4).unbind()
         return query, key, value
 
-    def add_self(self, i: int, x: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    def add_self(
+        self, i: int, x: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool
+    ) -> Tensor:
         """Add layer i's self-attention to ``x`` (M, T, n_embd)."""
         attended = attend(query, key, value, causal).transpose(1, 2).flatten(2)
-        return x + dropout(project(self._blocks[i].attn.c_proj, attended), self.config.dropout, self.training)
+        return x + dropout(
+            project(self._blocks[i].attn.c_proj, attended), self.config.dropout, self.training
+        )
 
     def add_image(
         self, i: int, x: Tensor, memory: Any, grouping: Grouping | None, attention: bool = False
@@ -134,13 +151,18 @@ class Gpt2Decoder(CaptionModel):
     def start(self, memory: Any) -> SharedState:
         """The state before the first token, one hypothesis an image."""
         heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
-        computed = next(iter(memory.tensors().values()))  # its device and dtype are those of the cache
-        return SharedState.new(memory, KeyValues.new(computed, self.config.n_layer, memory.images, heads, width))
+        computed = next(
+            iter(memory.tensors().values())
+        )  # its device and dtype are those of the cache
+        return SharedState.new(
+            memory, KeyValues.new(computed, self.config.n_layer, memory.images, heads, width)
+        )
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
-        """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
+        """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are
+        named ``layer0`` ..."""
         cache = state.cache[0].longer()
         x = self.embed(tokens[:, None], cache.length - 1)  # (M, 1, n_embd)
         grouping = state.grouping if self.looks else None
@@ -157,11 +179,12 @@ class Gpt2Decoder(CaptionModel):
 
 
 class ImageAttention(nn.Module):
-    """The caption's half of one injected cross-attention; the image's half is computed once for all layers.
+    """The caption's half of one injected cross-attention; the image's half is computed once for all
+    layers.
 
     Args:
-        config: hyperparameters. Without a gate the output starts small, so that the sum of all layers does too; with
-            one it adds nothing until training opens the gate.
+        config: hyperparameters. Without a gate the output starts small, so that the sum of all
+            layers does too; with one it adds nothing until training opens the gate.
     """
 
     def __init__(self, config: ClipGpt2Config) -> None:
@@ -184,8 +207,9 @@ class ImageAttention(nn.Module):
 class ClipGpt2Captioner(Gpt2Decoder):
     """Image vectors -> keys and values of every layer, once an image -> words, one at a time.
 
-    Layer: x = x + attn(ln_1(x)); x = x + tanh(gate) cross(norm(x), image); x = x + mlp(ln_2(x)). Trained are the
-    cross-attentions with their norms, ln_2 and the MLPs, and the head; the rest of GPT-2 is frozen.
+    Layer: x = x + attn(ln_1(x)); x = x + tanh(gate) cross(norm(x), image); x = x + mlp(ln_2(x)).
+    Trained are the cross-attentions with their norms, ln_2 and the MLPs, and the head; the rest of
+    GPT-2 is frozen.
 
     Args:
         config: hyperparameters.
@@ -200,7 +224,11 @@ class ClipGpt2Captioner(Gpt2Decoder):
     looks = True
 
     def __init__(
-        self, config: ClipGpt2Config, vocabulary_size: int, feature_shape: tuple[int, ...], unk_id: int
+        self,
+        config: ClipGpt2Config,
+        vocabulary_size: int,
+        feature_shape: tuple[int, ...],
+        unk_id: int,
     ) -> None:
         super().__init__(config, vocabulary_size, unk_id)
         positions, depth = feature_shape
@@ -209,7 +237,9 @@ class ClipGpt2Captioner(Gpt2Decoder):
             self.image_norm = nn.LayerNorm(depth)
             self.image_position = nn.Parameter(grid_sinusoids(positions, depth))
         self.cross = nn.ModuleList(ImageAttention(config) for _ in range(config.n_layer))
-        self.cross_keys_values = nn.Linear(depth, 2 * config.n_layer * config.n_embd // config.reduction)
+        self.cross_keys_values = nn.Linear(
+            depth, 2 * config.n_layer * config.n_embd // config.reduction
+        )
         nn.init.normal_(self.cross_keys_values.weight, std=depth**-0.5)
         nn.init.zeros_(self.cross_keys_values.bias)
         if not config.tied_head:
@@ -225,7 +255,8 @@ class ClipGpt2Captioner(Gpt2Decoder):
 
     @torch.no_grad()
     def start_head(self) -> None:
-        """Let a head of its own begin as the token embedding, so that it scores words as GPT-2 does."""
+        """Let a head of its own begin as the token embedding, so that it scores words as GPT-2
+        does."""
         if not self.config.tied_head:
             self.head.weight.copy_(self.gpt2.wte.weight)
 
@@ -249,6 +280,7 @@ class ClipGpt2Captioner(Gpt2Decoder):
         return x + dropout(added, self.config.dropout, self.training), weights
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., n_embd) -> (..., V): the final norm, then the head or, where tied, the frozen token embedding."""
+        """(..., n_embd) -> (..., V): the final norm, then the head or, where tied, the frozen token
+        embedding."""
         weight = self.gpt2.wte.weight if self.config.tied_head else self.head.weight
         return F.linear(self.gpt2.ln_f(x), weight, self.output_bias)

@@ -1,5 +1,5 @@
-"""CLIP prefix: the image's CLIP embedding stands where the start token would, and self-attention does the rest
-(as ClipCap, arXiv 2111.09734, with a decoder trained from scratch)."""
+"""CLIP prefix: the image's CLIP embedding stands where the start token would, and self-attention
+does the rest (as ClipCap, arXiv 2111.09734, with a decoder trained from scratch)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capgen_utils.compat import import_torchvision
+from capgen_utils.common.compat import import_torchvision
+from capgen_utils.common.files import CapGenError
+from capgen_utils.common.sinusoids import sinusoids
 from capgen_utils.config import ClipPrefixConfig
-from capgen_utils.files import CapGenError
 from capgen_utils.models.base import CaptionModel, KeyValues, Memory, SharedState
 from capgen_utils.models.layers import DecoderLayer, attend, dropout, hide_words
-from capgen_utils.tensors import sinusoids
 
 
 @dataclass
@@ -32,8 +32,8 @@ def transformer_of(text_model: Any) -> Any:
 class TextTower(nn.Module):
     """CLIP's text transformer, frozen and read causally: token ids in, hidden states out.
 
-    It holds the library's own ``CLIPTextModel``, so a published text tower loads into it; its layers are run here, with
-    a cache, so that a new word costs one position.
+    It holds the library's own ``CLIPTextModel``, so a published text tower loads into it; its
+    layers are run here, with a cache, so that a new word costs one position.
     """
 
     def __init__(self, config: ClipPrefixConfig, vocabulary_size: int) -> None:
@@ -53,9 +53,10 @@ class TextTower(nn.Module):
                 bos_token_id=None,
                 eos_token_id=None,
                 pad_token_id=None,
-            )  # fmt: skip
+            )
         ).eval()
-        # Places are passed in; the library's own, which no file holds, would stay unmade where a bundle is loaded.
+        # Places are passed in; the library's own, which no file holds, would stay unmade where a
+        # bundle is loaded.
         transformer_of(self.clip).embeddings.register_buffer("position_ids", None, persistent=False)
         self.requires_grad_(False)
 
@@ -64,7 +65,8 @@ class TextTower(nn.Module):
         return super().train(False)
 
     def load(self, text: Any, table: Tensor) -> None:
-        """Take the weights of the library's ``text`` tower, with ``table`` (V, width) as its token embedding.
+        """Take the weights of the library's ``text`` tower, with ``table`` (V, width) as its token
+        embedding.
 
         Raises:
             CapGenError: it has other sizes.
@@ -73,10 +75,14 @@ class TextTower(nn.Module):
         weights = text.state_dict() | {"embeddings.token_embedding.weight": table}
         sizes = {key: value.shape for key, value in own.state_dict().items()}
         if {key: value.shape for key, value in weights.items() if key in sizes} != sizes:
-            raise CapGenError("CLIP's text tower has other sizes than the captioner's", "set tower_* to its sizes")
+            raise CapGenError(
+                "CLIP's text tower has other sizes than the captioner's", "set tower_* to its sizes"
+            )
         own.load_state_dict({key: weights[key] for key in sizes})
 
-    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Read tokens (M, T) after those in the cache.
 
         Args:
@@ -118,23 +124,33 @@ class ClipPrefixCaptioner(CaptionModel):
     feature = "embedding"
 
     def __init__(
-        self, config: ClipPrefixConfig, vocabulary_size: int, feature_shape: tuple[int, ...], unk_id: int
+        self,
+        config: ClipPrefixConfig,
+        vocabulary_size: int,
+        feature_shape: tuple[int, ...],
+        unk_id: int,
     ) -> None:
         super().__init__()
         if config.d_model % config.n_head:
             raise CapGenError(
-                f"d_model {config.d_model} is no multiple of n_head {config.n_head}", "choose widths that divide"
+                f"d_model {config.d_model} is no multiple of n_head {config.n_head}",
+                "choose widths that divide",
             )
         self.config, self.unk_id = config, unk_id
         width = config.d_model
-        # An embedding has length 1, so its numbers are small: the scale brings them to unit size, and then learns.
+        # An embedding has length 1, so its numbers are small: the scale brings them to unit size,
+        # and then learns.
         self.scale = nn.Parameter(torch.tensor(float(feature_shape[0]) ** 0.5))
         self.image_projection = nn.Linear(feature_shape[0], width)
         self.embedding = nn.Embedding(vocabulary_size, width)
         if config.text_inputs not in ("learned", "tower"):
-            raise CapGenError(f"clip_prefix cannot read words as {config.text_inputs!r}", "use learned or tower")
+            raise CapGenError(
+                f"clip_prefix cannot read words as {config.text_inputs!r}", "use learned or tower"
+            )
         self.position = nn.Parameter(sinusoids(torch.arange(config.seq_len), width))
-        self.layers = nn.ModuleList(DecoderLayer(config, cross=False) for _ in range(config.n_decode))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, cross=False) for _ in range(config.n_decode)
+        )
         self.norm = nn.LayerNorm(width)
         self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
         self._initialise()
@@ -151,17 +167,21 @@ class ClipPrefixCaptioner(CaptionModel):
                 nn.init.zeros_(module.bias)
         for layer in self.decoder_layers():
             for last in layer.last_linears():  # so that the sum of all layers stays small
-                nn.init.normal_(last.weight, std=(2 * self.config.n_decode * last.in_features) ** -0.5)
+                nn.init.normal_(
+                    last.weight, std=(2 * self.config.n_decode * last.in_features) ** -0.5
+                )
         nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
 
     def start_from(self, text_model: Any, rows: Sequence[int]) -> None:
-        """Read words as a trained CLIP does: its token table becomes the embedding, and its tower the tower, if any.
+        """Read words as a trained CLIP does: its token table becomes the embedding, and its tower
+        the tower, if any.
 
-        The table is brought to the size of an untrained embedding; into another width it is turned by a random
-        orthonormal matrix, which keeps angles as well as that width allows.
+        The table is brought to the size of an untrained embedding; into another width it is turned
+        by a random orthonormal matrix, which keeps angles as well as that width allows.
 
         Args:
-            text_model: the library's ``CLIPTextTransformer`` or ``CLIPTextModel``, of the tower's sizes.
+            text_model: the library's ``CLIPTextTransformer`` or ``CLIPTextModel``, of the tower's
+                sizes.
             rows: for each token the row in its table.
 
         Raises:
@@ -172,7 +192,9 @@ class ClipPrefixCaptioner(CaptionModel):
         if self.tower is not None:
             self.tower.load(text, table)
         if table.shape[1] != self.config.d_model:
-            table = table @ nn.init.orthogonal_(table.new_empty(table.shape[1], self.config.d_model))
+            table = table @ nn.init.orthogonal_(
+                table.new_empty(table.shape[1], self.config.d_model)
+            )
         with torch.no_grad():
             self.embedding.weight.copy_(table / table.std() * self.config.d_model**-0.5)
 
@@ -184,11 +206,14 @@ class ClipPrefixCaptioner(CaptionModel):
         """Embeddings (B, E) -> the prefix (B, d_model)."""
         image = F.normalize(features, dim=-1) * self.scale
         if self.training and self.config.noise:
-            image = image + self.config.noise * torch.randn_like(image)  # as in CapDec, arXiv 2211.00575
+            image = image + self.config.noise * torch.randn_like(
+                image
+            )  # as in CapDec, arXiv 2211.00575
         return PrefixMemory(self.image_projection(image))
 
     def embed(self, tokens: Tensor, cache: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Token ids (M, T) -> (M, T, d_model), and the text tower's cache after them, where there is a tower.
+        """Token ids (M, T) -> (M, T, d_model), and the text tower's cache after them, where there
+        is a tower.
 
         Learned embeddings are scaled to unit size: the same matrix also scores the output.
         """
@@ -197,13 +222,19 @@ class ClipPrefixCaptioner(CaptionModel):
         x, keys, values = self.tower(tokens, *cache)
         return self.tower_projection(x), (keys, values)
 
-    def _empty(self, captions: int, like: Tensor, layers: int, heads: int, width: int) -> tuple[Tensor, Tensor]:
+    def _empty(
+        self, captions: int, like: Tensor, layers: int, heads: int, width: int
+    ) -> tuple[Tensor, Tensor]:
         empty = like.new_zeros(layers, captions, heads, 0, width // heads)
         return empty, empty
 
     def _empty_tower(self, captions: int, like: Tensor) -> tuple[Tensor, ...]:
         c = self.config
-        return () if self.tower is None else self._empty(captions, like, c.tower_layers, c.tower_heads, c.tower_width)
+        return (
+            ()
+            if self.tower is None
+            else self._empty(captions, like, c.tower_layers, c.tower_heads, c.tower_width)
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d_model) -> (..., V); the output matrix is the embedding (arXiv 1608.05859)."""
@@ -213,8 +244,12 @@ class ClipPrefixCaptioner(CaptionModel):
         """Logits (M, T, V) of the next token at every position; see ``CaptionModel.forward``."""
         hidden = hide_words(tokens, self.config.word_dropout, self.unk_id, self.training)
         words, _ = self.embed(hidden, self._empty_tower(len(tokens), memory.prefix))
-        x = torch.cat([memory.prefix[image, None], words[:, 1:]], 1)  # the start token's place is taken
-        x = dropout(x + self.position[: tokens.shape[1]], self.config.dropout, self.training)  # (M, T, d_model)
+        x = torch.cat(
+            [memory.prefix[image, None], words[:, 1:]], 1
+        )  # the start token's place is taken
+        x = dropout(
+            x + self.position[: tokens.shape[1]], self.config.dropout, self.training
+        )  # (M, T, d_model)
         for layer in self.decoder_layers():
             x = layer.add_self(x, *layer.project_self(x), causal=True)
             x = layer.add_feed(x)
@@ -223,16 +258,21 @@ class ClipPrefixCaptioner(CaptionModel):
     def start(self, memory: PrefixMemory) -> SharedState:
         """The state before the first token, one hypothesis an image."""
         c = self.config
-        own = KeyValues.new(memory.prefix, c.n_decode, memory.images, c.n_head, c.d_model // c.n_head)
+        own = KeyValues.new(
+            memory.prefix, c.n_decode, memory.images, c.n_head, c.d_model // c.n_head
+        )
         return SharedState.new(memory, own, *self._empty_tower(memory.images, memory.prefix))
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
-        """One position, earlier keys and values cached; see ``CaptionModel.step``. One image token: no weights."""
+        """One position, earlier keys and values cached; see ``CaptionModel.step``. One image token:
+        no weights."""
         cache, tower = state.cache[0].longer(), state.cache[1:]
         x, tower_cache = self.embed(tokens[:, None], tower)
-        x = cache.at_first(state.memory.prefix[state.image, None], x)  # the start token's place is taken
+        x = cache.at_first(
+            state.memory.prefix[state.image, None], x
+        )  # the start token's place is taken
         x = x + self.position[cache.length - 1]  # (M, 1, d_model)
         for i, layer in enumerate(self.decoder_layers()):
             query, key, value = layer.project_self(x)

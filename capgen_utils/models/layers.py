@@ -1,4 +1,5 @@
-"""What several captioners are made of: attention and dropout, written for CPUs too, and the transformer's layer."""
+"""What several captioners are made of: attention and dropout, written for CPUs too, and the
+transformer's layer."""
 
 from typing import Protocol
 
@@ -12,13 +13,15 @@ from capgen_utils.models.base import Grouping
 def attend(query: Tensor, keys: Tensor, values: Tensor, causal: bool = False) -> Tensor:
     """Scaled dot-product attention; (..., T, width), (..., N, width) -> (..., T, width).
 
-    On a CPU it runs in fp32 also under autocast: a captioner's heads are so small that the bf16 kernels take
-    several times as long there.
+    On a CPU it runs in fp32 also under autocast: a captioner's heads are so small that the bf16
+    kernels take several times as long there.
     """
     if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return F.scaled_dot_product_attention(query, keys, values, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(query.float(), keys.float(), values.float(), is_causal=causal)
+        return F.scaled_dot_product_attention(
+            query.float(), keys.float(), values.float(), is_causal=causal
+        )
 
 
 def attend_images(
@@ -51,8 +54,9 @@ def attend_images(
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """Zero each element with ``probability`` while training and scale the others up.
 
-    torch draws one random number an element, on one core, which can take a third of a training step on a CPU.
-    There, eight elements share the bytes of one 64-bit number instead; the probability is rounded to 1/256.
+    torch draws one random number an element, on one core, which can take a third of a training step
+    on a CPU. There, eight elements share the bytes of one 64-bit number instead; the probability is
+    rounded to 1/256.
     """
     if not training or not probability:
         return x
@@ -65,8 +69,9 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def hide_words(tokens: Tensor, probability: float, unk_id: int, training: bool) -> Tensor:
-    """Write ``unk_id`` over words of ``tokens`` (M, T) with ``probability`` while training, so that a decoder looks at
-    the image instead of finishing the sentence by heart; the start token is no word and stays."""
+    """Write ``unk_id`` over words of ``tokens`` (M, T) with ``probability`` while training, so that
+    a decoder looks at the image instead of finishing the sentence by heart; the start token is no
+    word and stays."""
     if not training or not probability:
         return tokens
     hidden = torch.rand(tokens.shape, device=tokens.device) < probability
@@ -111,16 +116,23 @@ class DecoderSizes(Protocol):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each behind a layer norm and beside a residual.
+    """Self-attention, cross-attention and feed-forward, each behind a layer norm and beside a
+    residual.
 
     Args:
         config: sizes.
-        cross: with cross-attention to an image; without it the layer is a plain causal one, as in GPT-2.
+        cross: with cross-attention to an image; without it the layer is a plain causal one, as in
+            GPT-2.
     """
 
     def __init__(self, config: DecoderSizes, cross: bool = True) -> None:
         super().__init__()
-        width, self.heads, self.dropout, self.cross = config.d_model, config.n_head, config.dropout, cross
+        width, self.heads, self.dropout, self.cross = (
+            config.d_model,
+            config.n_head,
+            config.dropout,
+            cross,
+        )
         self.norm_self = nn.LayerNorm(width)
         if cross:
             self.norm_cross = nn.LayerNorm(width)
@@ -130,7 +142,9 @@ class DecoderLayer(nn.Module):
         if cross:
             self.cross_query = nn.Linear(width, width)
             self.cross_out = nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.Linear(width, config.fc_dim), nn.GELU(), nn.Linear(config.fc_dim, width))
+        self.feed = nn.Sequential(
+            nn.Linear(width, config.fc_dim), nn.GELU(), nn.Linear(config.fc_dim, width)
+        )
 
     def last_linears(self) -> list[nn.Linear]:
         """The linear maps whose results are added to the residual stream."""
@@ -146,7 +160,9 @@ class DecoderLayer(nn.Module):
         query, key, value = self.self_qkv(self.norm_self(x)).chunk(3, dim=-1)
         return self.split_heads(query), self.split_heads(key), self.split_heads(value)
 
-    def add_self(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    def add_self(
+        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool
+    ) -> Tensor:
         """Add self-attention to ``x`` (M, T, D)."""
         attended = attend(query, key, value, causal)
         return x + self.drop(self.self_out(attended.transpose(1, 2).flatten(2)))
@@ -157,7 +173,8 @@ class DecoderLayer(nn.Module):
         """Add attention over the image to ``x`` (M, T, D).
 
         Args:
-            keys, values: (B, heads, N, D / heads), one entry an image, shared by all of its captions.
+            keys, values: (B, heads, N, D / heads), one entry an image, shared by all of its
+                captions.
             grouping: which captions belong to which image.
             attention: also return the weights (M, heads, T, N).
         """

@@ -1,4 +1,5 @@
-"""ResNet + LSTM: one recurrent network reads the image, then says the words ("Show and Tell", arXiv 1411.4555)."""
+"""ResNet + LSTM: one recurrent network reads the image, then says the words ("Show and Tell", arXiv
+1411.4555)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capgen_utils.common.files import CapGenError
+from capgen_utils.common.sinusoids import grid_sinusoids
 from capgen_utils.config import ShowTellConfig
-from capgen_utils.files import CapGenError
 from capgen_utils.models.base import CaptionModel, Memory, SharedState
 from capgen_utils.models.layers import dropout, hide_words
-from capgen_utils.tensors import grid_sinusoids
 
 
 @dataclass
@@ -36,7 +37,11 @@ class ShowTellCaptioner(CaptionModel):
     feature = "grid"
 
     def __init__(
-        self, config: ShowTellConfig, vocabulary_size: int, feature_shape: tuple[int, ...], unk_id: int
+        self,
+        config: ShowTellConfig,
+        vocabulary_size: int,
+        feature_shape: tuple[int, ...],
+        unk_id: int,
     ) -> None:
         super().__init__()
         self.config, self.unk_id, self.feature = config, unk_id, self.feature_of(config)
@@ -57,35 +62,43 @@ class ShowTellCaptioner(CaptionModel):
 
     @torch.no_grad()
     def _remember(self, steps: int) -> None:
-        """Let the LSTM's memories fade over 1 to ``steps`` steps (chrono initialisation, arXiv 1804.11188).
+        """Let the LSTM's memories fade over 1 to ``steps`` steps (chrono initialisation, arXiv
+        1804.11188).
 
-        With torch's own biases half of a memory is gone after one step: nothing of the first image vectors would reach
-        the words, nor any gradient from the words them.
+        With torch's own biases half of a memory is gone after one step: nothing of the first image
+        vectors would reach the words, nor any gradient from the words them.
         """
         size = self.config.hidden_size
         for lstm in self.lstm:
             lasting = torch.empty(size).uniform_(1, max(2, steps)).log()
             for name, bias in lstm.named_parameters():
-                if name.startswith("bias"):  # two, and their sum counts; input gate first, forget gate second
+                if name.startswith(
+                    "bias"
+                ):  # two, and their sum counts; input gate first, forget gate second
                     bias[: 2 * size] = torch.cat([-lasting, lasting]) / 2
 
     @classmethod
     def feature_of(cls, config: ShowTellConfig) -> str:
         """Return ``grid`` or ``pooled``."""
         if config.image not in ("sequence", "pooled"):
-            raise CapGenError(f"show_tell cannot read its image as {config.image!r}", "use sequence or pooled")
+            raise CapGenError(
+                f"show_tell cannot read its image as {config.image!r}", "use sequence or pooled"
+            )
         return "grid" if config.image == "sequence" else "pooled"
 
     def encode(self, features: Tensor) -> ShowTellMemory:
         """Features (B, N, D) or (B, D) -> the LSTM's state after the image."""
         x = self.image_norm(self.image_projection(features))
-        x = x + self.image_position if self.config.image == "sequence" else x[:, None]  # (B, N, embed)
+        x = (
+            x + self.image_position if self.config.image == "sequence" else x[:, None]
+        )  # (B, N, embed)
         empty = x.new_zeros(self.config.num_layers, x.shape[0], self.config.hidden_size)
         _, hidden, cell = self._read(x, empty, empty)
         return ShowTellMemory(hidden.transpose(0, 1), cell.transpose(0, 1))
 
     def _read(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs (M, T, embed) and states (layers, M, hidden) -> outputs (M, T, hidden) and the states after them."""
+        """Inputs (M, T, embed) and states (layers, M, hidden) -> outputs (M, T, hidden) and the
+        states after them."""
         last = []
         for i, lstm in enumerate(self.lstm):
             x = dropout(x, self.config.dropout, self.training)
@@ -94,7 +107,8 @@ class ShowTellCaptioner(CaptionModel):
         return x, torch.cat([h for h, _ in last]), torch.cat([c for _, c in last])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (...) -> (..., embed), scaled to unit size: the same matrix also scores the output."""
+        """Token ids (...) -> (..., embed), scaled to unit size: the same matrix also scores the
+        output."""
         return self.embedding(tokens) * self.config.embed_size**0.5
 
     def logits(self, x: Tensor) -> Tensor:

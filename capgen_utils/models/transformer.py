@@ -1,5 +1,5 @@
-"""ResNet + transformer: a decoder that looks at the image grid through cross-attention ("Attention is all you need",
-arXiv 1706.03762, in its pre-norm form, arXiv 2002.04745)."""
+"""ResNet + transformer: a decoder that looks at the image grid through cross-attention ("Attention
+is all you need", arXiv 1706.03762, in its pre-norm form, arXiv 2002.04745)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capgen_utils.common.files import CapGenError
+from capgen_utils.common.sinusoids import grid_sinusoids, sinusoids
 from capgen_utils.config import TransformerConfig
-from capgen_utils.files import CapGenError
 from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, Memory, SharedState
 from capgen_utils.models.layers import DecoderLayer, dropout, hide_words
-from capgen_utils.tensors import grid_sinusoids, sinusoids
 
 
 @dataclass
@@ -39,12 +39,17 @@ class TransformerCaptioner(CaptionModel):
     feature = "grid"
 
     def __init__(
-        self, config: TransformerConfig, vocabulary_size: int, feature_shape: tuple[int, ...], unk_id: int
+        self,
+        config: TransformerConfig,
+        vocabulary_size: int,
+        feature_shape: tuple[int, ...],
+        unk_id: int,
     ) -> None:
         super().__init__()
         if config.d_model % config.n_head:
             raise CapGenError(
-                f"d_model {config.d_model} is no multiple of n_head {config.n_head}", "choose widths that divide"
+                f"d_model {config.d_model} is no multiple of n_head {config.n_head}",
+                "choose widths that divide",
             )
         self.config, self.unk_id = config, unk_id
         positions, depth = feature_shape
@@ -61,7 +66,8 @@ class TransformerCaptioner(CaptionModel):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Every signal starts at about unit size: words, their places, image vectors, and their places too."""
+        """Every signal starts at about unit size: words, their places, image vectors, and their
+        places too."""
         width = self.config.d_model
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -69,7 +75,9 @@ class TransformerCaptioner(CaptionModel):
                 nn.init.zeros_(module.bias)
         for layer in self.decoder_layers():
             for last in layer.last_linears():  # so that the sum of all layers stays small
-                nn.init.normal_(last.weight, std=(3 * self.config.n_decode * last.in_features) ** -0.5)
+                nn.init.normal_(
+                    last.weight, std=(3 * self.config.n_decode * last.in_features) ** -0.5
+                )
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         with torch.no_grad():
             self.position.copy_(sinusoids(torch.arange(self.config.seq_len), width))
@@ -102,7 +110,8 @@ class TransformerCaptioner(CaptionModel):
         return self.logits(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (...) -> (..., d_model), scaled to unit size: the same matrix also scores the output."""
+        """Token ids (...) -> (..., d_model), scaled to unit size: the same matrix also scores the
+        output."""
         return self.embedding(tokens) * self.config.d_model**0.5
 
     def logits(self, x: Tensor) -> Tensor:
@@ -117,7 +126,8 @@ class TransformerCaptioner(CaptionModel):
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
-        """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
+        """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are
+        named ``layer0`` ..."""
         cache = state.cache[0].longer()
         x = self.embed(tokens)[:, None] + self.position[cache.length - 1]  # (M, 1, d_model)
         weights = {}
@@ -125,7 +135,9 @@ class TransformerCaptioner(CaptionModel):
             query, key, value = layer.project_self(x)
             keys, values = cache.put(i, key, value)
             x = layer.add_self(x, query, keys, values, causal=False)
-            x, looked = layer.add_cross(x, state.memory.keys[i], state.memory.values[i], state.grouping, attention)
+            x, looked = layer.add_cross(
+                x, state.memory.keys[i], state.memory.values[i], state.grouping, attention
+            )
             x = layer.add_feed(x)
             if looked is not None:
                 weights[f"layer{i}"] = looked[:, :, 0]

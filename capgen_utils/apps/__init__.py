@@ -1,0 +1,1 @@
+"""Programs built on the package: command line, web service, export, course tools."""

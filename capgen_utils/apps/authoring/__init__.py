@@ -1,0 +1,1 @@
+"""Tools for maintainers of the course: run notebooks, stamp cells, ship bundles."""

@@ -1,0 +1,58 @@
+"""Write the trained captioners of drawn scenes into ``data/bundles`` (``make bundles``)."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from capgen_utils.apps.export.small import write_small
+from capgen_utils.common.files import atomic_path
+from capgen_utils.common.tensors import rounded, save_tensors
+from capgen_utils.presets import Preset, get_preset
+from capgen_utils.training.language import MINI, mini_folder, run_folder
+from capgen_utils.training.shipped import LANGUAGE_MODEL, LOG, SHIPPED, WEIGHTS, copy_whole, run_of
+
+
+def ship(preset: Preset, shipped: Path = SHIPPED) -> list[Path]:
+    """Write the finished runs of a preset small, each with its log, and the language model with the
+    one that reads it.
+
+    Returns:
+        What was written.
+    """
+    written = []
+    for model in preset.models:
+        run, target = run_of(preset, model), shipped / f"{preset.name}_{model}"
+        if (run / "checkpoint.safetensors").is_file():  # else it is what ships already
+            write_small(run / "bundle", target)
+            copy_whole(run / LOG, target / LOG)
+            if getattr(preset.recipe(model).config, "language_model", "") == MINI:
+                _ship_language_model(mini_folder(preset), target / LANGUAGE_MODEL)
+            written.append(target)
+    return written
+
+
+def _ship_language_model(folder: Path, target: Path) -> None:
+    """Write a language model with its log, rounded as the captioner is that began with it; the
+    library reads it."""
+    copy_whole(folder, target)
+    weights = load_file(folder / WEIGHTS)
+    with atomic_path(target / WEIGHTS) as temporary:
+        save_tensors(
+            temporary, {name: rounded(tensor) for name, tensor in weights.items()}, {"format": "pt"}
+        )
+    copy_whole(run_folder(folder) / LOG, target / LOG)
+
+
+def main(names: Sequence[str] = ()) -> int:
+    """Write what ships for the named presets, by default for ``shapes``."""
+    for name in names or ["shapes"]:
+        for folder in ship(get_preset(name)):
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            print(f"{size / 1e6:5.2f} MB  {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Captioners in other formats: ONNX, the hub layout, 8-bit bundles."""

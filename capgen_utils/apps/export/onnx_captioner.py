@@ -1,0 +1,400 @@
+"""A captioner that needs no torch: ONNX Runtime runs its networks, numpy searches for the words.
+
+The folder is what ``capgen export --format onnx`` wrote: ``config.json``, ``tokenizer.json`` and
+three graphs.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+
+from capgen_utils.apps.export.numpy_search import require_search, search
+from capgen_utils.common.files import CapGenError, read_json, sha256_file
+from capgen_utils.config import DecodingConfig, from_dict
+from capgen_utils.data.images import ImageLike, is_many, open_image
+from capgen_utils.decoding.captions import Caption, Specials, caption_of
+from capgen_utils.decoding.options import DecodingOptions, check_decoding, with_options
+from capgen_utils.text.vocabulary import tokenizer_from_json
+from capgen_utils.text.words import Tokenizer
+from capgen_utils.vision.preprocessing import Preprocessing, preprocessing_from_json
+
+VERSION = 1
+GRAPHS = ("encoder", "memory", "step")
+LARGEST = 2**31  # bytes of a graph: more than that no ONNX file can hold in itself
+
+
+EXPORT_AGAIN = (
+    "export the bundle again: capgen export --format onnx --bundle BUNDLE --output FOLDER"
+)
+
+
+_ELSEWHERE = b"\x0a\x08location"  # how a graph begins to name a file that it wants to read
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """What ``config.json`` of an export says.
+
+    Attributes:
+        model: name of the captioner.
+        encoder: name of the image encoder.
+        preprocessing: of images.
+        decoding: how captions are found unless asked otherwise.
+        longest: tokens that the captioner can say, its end token included.
+        vocabulary: V.
+        feature_shape: of one image's features.
+        memory_axis: the dimension of memory tensors that counts images.
+        check: for each graph the largest absolute difference from torch that was seen at export.
+    """
+
+    model: str
+    encoder: str
+    preprocessing: Preprocessing
+    decoding: DecodingConfig
+    longest: int
+    vocabulary: int
+    feature_shape: tuple[int, ...]
+    memory_axis: int
+    check: Mapping[str, float]
+
+
+class OnnxCaptioner:
+    """Captions photographs as ``captioner.Captioner`` does, without torch.
+
+    >>> captioner = OnnxCaptioner.from_folder("exported")  # doctest: +SKIP
+    >>> captioner.caption("data/photos/cat_on_deck.jpg")[0].text  # doctest: +SKIP
+    """
+
+    features_dtype = "float32"  # what its encoder computes in
+
+    def __init__(
+        self, info: ExportInfo, tokenizer: Tokenizer, sessions: Mapping[str, Any], folder: Path
+    ) -> None:
+        self.info, self.tokenizer, self.sessions, self.folder = (
+            info,
+            tokenizer,
+            dict(sessions),
+            folder,
+        )
+        self.specials = Specials.of(tokenizer)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, threads: int | None = None) -> "OnnxCaptioner":
+        """Load an export.
+
+        Args:
+            folder: what ``capgen export --format onnx`` wrote.
+            threads: of the processor; by default ``OMP_NUM_THREADS``, else as many as there are
+                cores.
+
+        Raises:
+            CapGenError: onnxruntime is not installed, or a file is missing, damaged, or does not
+                fit the others.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CapGenError(
+                f"there is no folder {folder} with an exported captioner", EXPORT_AGAIN
+            )
+        raw = read_json(folder / "config.json", EXPORT_AGAIN)
+        info = read_info(raw, folder)
+        tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json", EXPORT_AGAIN))
+        if len(tokenizer) != info.vocabulary:
+            raise CapGenError(f"{folder}: tokenizer.json does not fit config.json", EXPORT_AGAIN)
+        sessions = {
+            name: open_graph(folder / f"{name}.onnx", raw["graphs"][name], threads)
+            for name in GRAPHS
+        }
+        check_graphs(sessions, info, folder)
+        return cls(info, tokenizer, sessions, folder)
+
+    @property
+    def decoding(self) -> DecodingConfig:
+        """How captions are found unless asked otherwise."""
+        return self.info.decoding
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a caption can have, its end token included."""
+        return self.info.longest
+
+    def caption(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        batch_size: int = 32,
+        **options: Unpack[DecodingOptions],
+    ) -> list[Caption]:
+        """Caption one image or many; see ``Captioner.caption``.
+
+        Args:
+            images: a path, PIL image or array (H, W, 3), or a sequence of them.
+            batch_size: images that go through the networks together.
+            options: ``beam``, ``max_length``, ``min_length``, ``length_penalty`` and
+                ``candidates``.
+
+        Raises:
+            CapGenError: an image cannot be read, or an option that is not possible without torch.
+        """
+        many: Sequence[Any] = images if is_many(images) else [images]  # type: ignore[assignment]
+        decoding = self._decoding(options)
+        parts = (many[start : start + batch_size] for start in range(0, len(many), batch_size))
+        return [caption for part in parts for caption in self._caption_batch(part, decoding)]
+
+    def caption_each(
+        self,
+        paths: Sequence[Path],
+        *,
+        batch_size: int = 32,
+        rerank: bool = False,
+        temperatures: Any = None,
+        **options: Unpack[DecodingOptions],
+    ) -> Iterator[tuple[Path, Caption | CapGenError]]:
+        """Caption many files, yielding each with its caption or the error that its image caused."""
+        if rerank or temperatures:
+            raise CapGenError(
+                "an exported captioner has no CLIP to choose captions with",
+                "use the bundle instead",
+            )
+        decoding = self._decoding(options)
+        for start in range(0, len(paths), batch_size):
+            part = [
+                (path, _pixels_or_error(self.info.preprocessing, path))
+                for path in paths[start : start + batch_size]
+            ]
+            good = [pixels for _, pixels in part if isinstance(pixels, np.ndarray)]
+            captions = iter(self._caption_pixels(np.stack(good), decoding) if good else ())
+            yield from (
+                (path, found if isinstance(found, CapGenError) else next(captions))
+                for path, found in part
+            )
+
+    def _decoding(self, options: DecodingOptions) -> DecodingConfig:
+        decoding = check_decoding(with_options(self.info.decoding, **options), self.info.longest)
+        require_search(decoding)
+        return decoding
+
+    def _caption_batch(self, images: Sequence[Any], decoding: DecodingConfig) -> list[Caption]:
+        return self._caption_pixels(
+            np.stack([self.info.preprocessing(open_image(i)) for i in images]), decoding
+        )
+
+    def _caption_pixels(self, pixels: np.ndarray, decoding: DecodingConfig) -> list[Caption]:
+        found = search(self.start(self.encode(pixels)), len(pixels), self.specials, decoding)
+        return [
+            caption_of(self.tokenizer, hypotheses, range(len(hypotheses))) for hypotheses in found
+        ]
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (B, size, size, 3), uint8 -> features (B, ...), rounded to float16 as a feature
+        cache holds them."""
+        features = run(self.sessions["encoder"], {"pixels": np.ascontiguousarray(pixels)})[
+            "features"
+        ]
+        return features.astype(np.float16).astype(np.float32)
+
+    def start(self, features: np.ndarray) -> "OnnxState":
+        """Features (B, ...) -> the state before the first token, one hypothesis an image."""
+        tensors = run(self.sessions["memory"], {"features": features})
+        memory = {name: value for name, value in tensors.items() if name.startswith("memory")}
+        cache = {name: value for name, value in tensors.items() if name.startswith("cache")}
+        return OnnxState(
+            self.sessions["step"], self.info.memory_axis, memory, cache, np.arange(len(features))
+        )
+
+
+@dataclass
+class OnnxState:
+    """What decoding carries; see ``models.base.SharedState``. Here each hypothesis has a copy of
+    its image's memory.
+
+    Attributes:
+        session: the graph ``step``.
+        axis: the dimension of memory tensors that counts hypotheses.
+        memory: name -> tensor.
+        cache: name -> tensor (layers, M, ...).
+        image: (M,), the image of each hypothesis.
+    """
+
+    session: Any
+    axis: int
+    memory: dict[str, np.ndarray]
+    cache: dict[str, np.ndarray]
+    image: np.ndarray
+
+    def step(self, tokens: np.ndarray) -> tuple[np.ndarray, "OnnxState"]:
+        """Read ``tokens`` (M,); logits (M, V), and the state after them."""
+        values = {"tokens": tokens} | self.memory | self.cache
+        found = run(self.session, {one.name: values[one.name] for one in self.session.get_inputs()})
+        return found["logits"], replace(
+            self, cache={name: found[f"next_{name}"] for name in self.cache}
+        )
+
+    def select(self, rows: np.ndarray) -> "OnnxState":
+        """Return the state of hypotheses ``rows``; memory is copied only where they belong to other
+        images."""
+        cache = {name: value.take(rows, axis=1) for name, value in self.cache.items()}
+        image, memory = self.image[rows], self.memory
+        if not np.array_equal(image, self.image):
+            memory = {name: value.take(rows, axis=self.axis) for name, value in memory.items()}
+        return replace(self, memory=memory, cache=cache, image=image)
+
+
+def _pixels_or_error(preprocessing: Preprocessing, path: Path) -> np.ndarray | CapGenError:
+    try:
+        return preprocessing(open_image(path))
+    except CapGenError as error:
+        return error
+
+
+# --- files that may come from anywhere
+
+
+def read_info(value: Any, folder: Path) -> ExportInfo:
+    """Check ``config.json`` of an export.
+
+    Raises:
+        CapGenError: another version, or values that are missing or not possible.
+    """
+    version = (
+        value.get("version") if isinstance(value, dict) and value.get("format") == "onnx" else None
+    )
+    if version != VERSION:
+        raise CapGenError(
+            f"{folder} holds no captioner exported as ONNX, version {VERSION}", EXPORT_AGAIN
+        )
+    shape, graphs, check = value.get("feature_shape"), value.get("graphs"), value.get("check")
+    possible = (
+        all(isinstance(value.get(key), str) for key in ("model", "encoder"))
+        and all(
+            _is_count(value.get(key), most)
+            for key, most in (("longest", 2**16), ("vocabulary", 10**6))
+        )
+        and value.get("memory_axis") in (0, 1)
+        and isinstance(shape, list)
+        and 1 <= len(shape) <= 3
+        and all(_is_count(n, 10**5) for n in shape)
+        and isinstance(graphs, dict)
+        and all(_describes_graph(graphs.get(name)) for name in GRAPHS)
+        and isinstance(check, dict)
+        and all(isinstance(n, float) for n in check.values())
+        and isinstance(value.get("decoding"), dict)
+    )
+    if not possible:
+        raise CapGenError(f"{folder}/config.json holds values that are not possible", EXPORT_AGAIN)
+    decoding = check_decoding(from_dict(DecodingConfig, value["decoding"]), value["longest"])
+    return ExportInfo(
+        value["model"],
+        value["encoder"],
+        preprocessing_from_json(value.get("preprocessing")),
+        decoding,
+        value["longest"],
+        value["vocabulary"],
+        tuple(shape),
+        value["memory_axis"],
+        check,
+    )
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def _describes_graph(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("bytes"), LARGEST)
+        and isinstance(value.get("sha256"), str)
+    )
+
+
+def open_graph(path: Path, described: Mapping[str, Any], threads: int | None = None) -> Any:
+    """Return an ``onnxruntime.InferenceSession``.
+
+    Args:
+        path: of the graph.
+        described: its ``bytes`` and ``sha256``.
+        threads: see ``OnnxCaptioner.from_folder``.
+
+    Raises:
+        CapGenError: onnxruntime is not installed, or the file is missing, other than described,
+            wants to read other files, or is no graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise CapGenError("onnxruntime is not installed", "run: pip install onnxruntime") from error
+    if (
+        not path.is_file()
+        or path.stat().st_size != described["bytes"]
+        or sha256_file(path) != described["sha256"]
+    ):
+        raise CapGenError(f"{path} is missing or damaged", EXPORT_AGAIN)
+    content = path.read_bytes()
+    if _ELSEWHERE in content:
+        raise CapGenError(f"{path} wants to read other files", EXPORT_AGAIN)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+    options.log_severity_level = 3  # errors
+    try:
+        return onnxruntime.InferenceSession(
+            content, options, providers=onnxruntime.get_available_providers()
+        )
+    except Exception as error:  # the library has no common class for what can go wrong
+        raise CapGenError(
+            f"{path} is no graph that ONNX Runtime can run: {_brief(error)}", EXPORT_AGAIN
+        ) from error
+
+
+def run(session: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run a graph; returns its outputs by name.
+
+    Raises:
+        CapGenError: it does not run on these inputs.
+    """
+    names = [one.name for one in session.get_outputs()]
+    try:
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+    except Exception as error:
+        raise CapGenError(f"the exported graph failed: {_brief(error)}", EXPORT_AGAIN) from error
+
+
+def check_graphs(sessions: Mapping[str, Any], info: ExportInfo, folder: Path) -> None:
+    """Compare names and sizes of the graphs' inputs and outputs with each other and with
+    ``config.json``.
+
+    Raises:
+        CapGenError: they do not fit together.
+    """
+    ins, outs = (
+        {n: _sizes(getattr(s, of)()) for n, s in sessions.items()}
+        for of in ("get_inputs", "get_outputs")
+    )
+    side = info.preprocessing.size
+    carried = set(outs["memory"])
+    fits = (
+        ins["encoder"] == {"pixels": [None, side, side, 3]}
+        and list(outs["encoder"]) == ["features"]
+        and ins["memory"] == {"features": [None, *info.feature_shape]}
+        and all(name.startswith(("memory_", "cache_")) for name in carried)
+        and {"tokens"} <= set(ins["step"]) <= {"tokens"} | carried
+        and outs["step"].get("logits") == [None, info.vocabulary]
+        and set(outs["step"])
+        == {"logits"} | {f"next_{name}" for name in carried if name.startswith("cache_")}
+    )
+    if not fits:
+        raise CapGenError(
+            f"{folder}: the graphs do not fit each other or config.json", EXPORT_AGAIN
+        )
+
+
+def _sizes(values: Sequence[Any]) -> dict[str, list[int | None]]:
+    return {one.name: [n if isinstance(n, int) else None for n in one.shape] for one in values}
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,73 @@
+"""What the service counts, in Prometheus' format; nothing of an upload is among it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from capgen_utils.apps.serve.queueing import Done
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_METHODS = ("GET", "HEAD", "POST", "OPTIONS")
+
+
+class Observer:
+    """Counters of one service.
+
+    Args:
+        waiting: returns how many images wait for the model.
+    """
+
+    def __init__(self, waiting: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        common: dict[str, Any] = {"namespace": "capgen", "registry": self.registry}
+        self._requests = Counter(
+            "requests",
+            "Answers by route, method and status",
+            ["route", "method", "status"],
+            **common,
+        )
+        self._seconds = Histogram(
+            "request_seconds", "Time to an answer", ["route"], buckets=_SECONDS, **common
+        )
+        self._left = Counter("clients_left", "Clients that left before their answer", **common)
+        self._batch = Histogram(
+            "batch_images", "Images that ran together", buckets=(1, 2, 4, 8, 16, 32, 64), **common
+        )
+        self._waited = Histogram(
+            "queue_seconds", "Time in the queue, for each image", buckets=_SECONDS, **common
+        )
+        self._model = Histogram(
+            "model_seconds", "Time of the model, for each batch", buckets=_SECONDS, **common
+        )
+        Gauge("queue_images", "Images that wait", **common).set_function(waiting)
+
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count an answer; ``route`` is one of the service's own, never what a client made up."""
+        self._requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def left(self) -> None:
+        """Count a client that did not wait for its answer."""
+        self._left.inc()
+
+    def ran(self, done: Sequence[Done]) -> None:
+        """Count a batch."""
+        self._batch.observe(len(done))
+        self._model.observe(done[0].seconds)
+        for each in done:
+            self._waited.observe(each.waited)
+
+    def text(self) -> bytes:
+        """Return everything in the text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,1 @@
+"""Image-caption data sets: download, read, split, draw."""

@@ -1,0 +1,288 @@
+"""A reader for each way in which a data set lies on disk; every one returns a manifest."""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from capgen_utils.common.files import CapGenError, read_json
+from capgen_utils.common.paths import REPOSITORY
+from capgen_utils.data.manifest import SPLITS, Manifest
+from capgen_utils.data.reading import (
+    assemble,
+    find_file,
+    find_images_folder,
+    group,
+    list_images,
+    read_kaggle_captions,
+    read_lines,
+    read_table,
+    read_token_captions,
+    safe_name,
+    seeded_split,
+    tenths,
+)
+
+SPLIT_LISTS = REPOSITORY / "data" / "splits" / "flickr8k"
+FLICKR8K_IMAGES = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset")
+FLICKR30K_IMAGES = ("flickr30k_images", "flickr30k-images", "Images", "images")
+ALIASES = {"val": "dev", "valid": "dev", "validation": "dev", "restval": "train"}
+
+
+def official_split() -> dict[str, str]:
+    """Return the split of each of the 8,000 images in Flickr8k's three official lists, which ship
+    with CapGen.
+
+    Raises:
+        CapGenError: a list is missing.
+    """
+    return {
+        line.strip(): split
+        for split in SPLITS
+        for line in read_lines(SPLIT_LISTS / f"{split}.txt")
+        if line.strip()
+    }
+
+
+def read_flickr8k(root: Path) -> Manifest:
+    """Read Flickr8k in Kaggle's layout (captions.txt) or the original one (Flickr8k.token.txt).
+
+    The folder may lie a level or two below ``root``. Splits are the official ones: 6,000 / 1,000 /
+    1,000.
+
+    Raises:
+        CapGenError: captions or images are not found.
+    """
+    path = find_file(root, ("captions.txt", "Flickr8k.token.txt"))
+    if path is None:
+        raise CapGenError(
+            f"{root} holds neither captions.txt nor Flickr8k.token.txt",
+            "name the folder that holds Flickr8k's captions and images, or run: capgen download flickr8k",
+        )
+    images = find_images_folder(root, FLICKR8K_IMAGES)
+    pairs = read_kaggle_captions(path) if path.name == "captions.txt" else read_token_captions(path)
+    return assemble("flickr8k", images, list_images(images), group(pairs), official_split())
+
+
+def read_flickr30k(root: Path) -> Manifest:
+    """Read Flickr30k: with Karpathy's ``dataset_flickr30k.json`` by his split, else captions from
+    results.csv.
+
+    Kaggle's ``results.csv`` and the original ``results_20130124.token`` know no split: then 1,000
+    images (a tenth, where there are fewer than 10,000) become dev and as many test, chosen by a
+    fixed seed.
+
+    Raises:
+        CapGenError: captions or images are not found, or are damaged.
+    """
+    path = find_file(root, ("dataset_flickr30k.json", "results.csv", "results_20130124.token"))
+    if path is None:
+        raise CapGenError(
+            f"{root} holds neither dataset_flickr30k.json nor results.csv",
+            "lay Flickr30k out as a folder flickr30k_images beside one of these two files",
+        )
+    images = find_images_folder(root, FLICKR30K_IMAGES)
+    if path.suffix == ".json":
+        captions, splits = _read_karpathy(path)
+    else:
+        captions = group(
+            read_results_csv(path) if path.suffix == ".csv" else read_token_captions(path)
+        )
+        part = min(1000, len(captions) // 10)
+        splits = seeded_split(captions, dev=part, test=part)
+    return assemble("flickr30k", images, list_images(images), captions, splits)
+
+
+def read_results_csv(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (image, caption) of Kaggle's ``image| number| caption`` lines; one row there lacks its
+    second bar."""
+    for number, line in enumerate(read_lines(path)):
+        if number == 0 or not line.strip():
+            continue
+        image, _, rest = line.partition("|")
+        match = re.fullmatch(r"\s*\d+\s*(?:\||\s)(.*)", rest.strip())
+        if match is None and rest.strip() and not rest.strip().isdigit():
+            raise CapGenError(
+                f"{path}: line {number + 1} is not 'image| number| caption'",
+                "unpack Flickr30k's results.csv again",
+            )
+        yield safe_name(image, path), match[1] if match else ""
+
+
+def _read_karpathy(
+    path: Path, with_folder: bool = False
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return captions and split by image from one of Karpathy's JSON files."""
+    captions: dict[str, list[str]] = {}
+    splits: dict[str, str] = {}
+    for entry in _entries(path, "images"):
+        folder = f"{_text(entry, 'filepath', path)}/" if with_folder else ""
+        image = safe_name(folder + _text(entry, "filename", path), path)
+        sentences = entry.get("sentences")
+        if not isinstance(sentences, list) or not all(isinstance(s, dict) for s in sentences):
+            raise _damaged(path, f"{image} has no list of sentences")
+        split = _text(entry, "split", path)
+        captions[image] = [_text(sentence, "raw", path) for sentence in sentences]
+        splits[image] = ALIASES.get(split, split)
+    return captions, splits
+
+
+def _damaged(path: Path, what: str) -> CapGenError:
+    return CapGenError(f"{path}: {what}", "the file is damaged or another one: download it again")
+
+
+def _entries(path: Path, key: str) -> list[dict[str, Any]]:
+    values = read_json(path, "download the file again")
+    entries = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise _damaged(path, f"there is no list of objects under {key!r}")
+    return entries
+
+
+def _text(entry: dict[str, Any], key: str, path: Path) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str):
+        raise _damaged(path, f"an entry has no text under {key!r}")
+    return value
+
+
+def read_coco(root: Path) -> Manifest:
+    """Read COCO: the 2014 images by Karpathy's ``dataset_coco.json``, or the 2017 ones by COCO's
+    annotations.
+
+    For 2017, val2017 becomes test and 5,000 images of train2017 (a tenth, where there are fewer
+    than 50,000),
+    chosen by a fixed seed, become dev: COCO keeps the captions of its own test images to itself.
+
+    Raises:
+        CapGenError: captions or images are not found, or are damaged.
+    """
+    path = find_file(root, ("dataset_coco.json",))
+    if path is not None:
+        captions, splits = _read_karpathy(path, with_folder=True)
+        return assemble(
+            "coco", root, _coco_images(root, ("train2014", "val2014")), captions, splits
+        )
+    captions = {}
+    splits = {}
+    for part in ("train", "val"):
+        annotations = find_file(root, (f"captions_{part}2017.json",))
+        if annotations is not None:
+            found = _read_annotations(annotations, f"{part}2017")
+            count = min(5000, len(found) // 10)
+            captions |= found
+            splits |= (
+                seeded_split(found, dev=count, test=0)
+                if part == "train"
+                else dict.fromkeys(found, "test")
+            )
+    if not captions:
+        raise CapGenError(
+            f"{root} holds neither dataset_coco.json nor annotations/captions_train2017.json",
+            "lay COCO out as train2014, val2014 and dataset_coco.json, or as train2017, val2017 and annotations",
+        )
+    return assemble("coco", root, _coco_images(root, ("train2017", "val2017")), captions, splits)
+
+
+def _coco_images(root: Path, parts: tuple[str, ...]) -> set[str]:
+    return {
+        f"{part}/{name}"
+        for part in parts
+        if (root / part).is_dir()
+        for name in list_images(root / part)
+    }
+
+
+def _read_annotations(path: Path, folder: str) -> dict[str, list[str]]:
+    """Return captions by ``folder/file`` from one of COCO's own annotation files."""
+    names: dict[Any, str] = {}
+    for entry in _entries(path, "images"):
+        if not isinstance(entry.get("id"), int):
+            raise _damaged(path, "an image has no whole number under 'id'")
+        names[entry["id"]] = safe_name(f"{folder}/{_text(entry, 'file_name', path)}", path)
+    captions: dict[str, list[str]] = {}
+    for entry in _entries(path, "annotations"):
+        image = entry.get("image_id")
+        if not isinstance(image, int) or image not in names:
+            raise _damaged(path, f"a caption belongs to the image {image!r}, which is not listed")
+        captions.setdefault(names[image], []).append(_text(entry, "caption", path))
+    return captions
+
+
+def read_folder(root: Path) -> Manifest:
+    """Read anybody's own images: a folder with ``captions.csv`` and image files, in subfolders too.
+
+    ``captions.csv`` has the columns image and caption, in UTF-8, one caption a row, and several
+    rows an image where there are several captions. A column split (train, dev or test) is optional:
+    without it the images are split 80/10/10 by a fixed seed.
+
+    Raises:
+        CapGenError: the table is missing or damaged, or an image is put into two splits.
+    """
+    root = Path(root)
+    path = root / "captions.csv"
+    if not path.is_file():
+        raise CapGenError(
+            f"there is no file {path}",
+            "write one with the columns image,caption and one caption a row",
+        )
+    rows = read_table(path)
+    if rows and not {"image", "caption"} <= set(rows[0]):
+        raise CapGenError(
+            f"{path} has the columns {', '.join(rows[0])}",
+            "it needs image and caption in its first row",
+        )
+    files = list_images(root, depth=4)
+    # A file name may spell é as one character or as two; both mean the same file to the reader.
+    composed = {unicodedata.normalize("NFC", name): name for name in files}
+    images = []
+    for row in rows:
+        name = safe_name(row["image"], path)
+        images.append(
+            name if name in files else composed.get(unicodedata.normalize("NFC", name), name)
+        )
+    captions = group(zip(images, (row["caption"] for row in rows), strict=True))
+    usable = {name for name in captions if name in files and any(c.strip() for c in captions[name])}
+    has_split = bool(rows) and "split" in rows[0]
+    splits = (
+        _split_column(path, images, [row["split"] for row in rows]) if has_split else tenths(usable)
+    )
+    return assemble(f"folder-{root.resolve().name}", root, files, captions, splits)
+
+
+def _split_column(path: Path, images: list[str], column: list[str]) -> dict[str, str]:
+    splits: dict[str, str] = {}
+    for number, (image, value) in enumerate(zip(images, column, strict=True), start=2):
+        split = ALIASES.get(value.strip().lower(), value.strip().lower())
+        if split not in SPLITS:
+            raise CapGenError(
+                f"{path}: row {number} has the split {value!r}", f"write one of {', '.join(SPLITS)}"
+            )
+        if splits.setdefault(image, split) != split:
+            raise CapGenError(
+                f"{path}: row {number} puts {image} into {split}, an earlier row into {splits[image]}",
+                "put all captions of an image into one split, else test images are trained on",
+            )
+    return splits
+
+
+def read_shapes(root: Path) -> Manifest:
+    """Read a data set that ``shapes.generate`` wrote.
+
+    Raises:
+        CapGenError: a part of it is missing or damaged.
+    """
+    root = Path(root)
+    remedy = f"delete {root} and generate it again"
+    lists = read_json(root / "splits.json", remedy)
+    if not isinstance(lists, dict) or any(not isinstance(names, list) for names in lists.values()):
+        raise CapGenError(f"{root / 'splits.json'} is not a list of images for each split", remedy)
+    splits: dict[str, str] = {}
+    for split, names in lists.items():
+        for name in names:
+            if not isinstance(name, str) or splits.setdefault(name, split) != split:
+                raise CapGenError(f"{root / 'splits.json'} puts {name!r} into two splits", remedy)
+    images = find_images_folder(root, ("Images",))
+    captions = group(read_kaggle_captions(root / "captions.txt"))
+    return assemble("shapes", images, list_images(images), captions, splits)

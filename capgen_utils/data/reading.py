@@ -1,0 +1,259 @@
+"""What all layouts share: files found, rows read, names checked, and everything put together as a
+manifest."""
+
+import csv
+import hashlib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from capgen_utils.common.files import CapGenError
+from capgen_utils.data.images import SUFFIXES
+from capgen_utils.data.manifest import SPLITS, Item, Manifest
+from capgen_utils.text.ptb import tokenise
+
+MISSING_IMAGES = "captions of an image that does not exist"
+NO_CAPTIONS = "images without captions"
+NO_SPLIT = "images in no split list"
+EMPTY_CAPTIONS = "empty captions"
+SHORT_CAPTIONS = "captions under three words (kept)"
+
+
+def safe_name(name: str, source: Path) -> str:
+    """Return an image name from a captions file as a relative path with forward slashes.
+
+    Raises:
+        CapGenError: it is empty, absolute, or leads out of the folder; names ``source``.
+    """
+    name = name.strip()
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    hostile = (
+        not parts
+        or parts[0] == "/"
+        or ".." in parts
+        or re.match(r"[A-Za-z]:", name)
+        or not name.isprintable()
+    )
+    if hostile:
+        raise CapGenError(
+            f"{source} names the image {name[:100]!r}, which is not a file name inside the data folder",
+            "give the image's name relative to the folder of images",
+        )
+    return "/".join(parts)
+
+
+def folders(root: Path, depth: int = 2) -> list[Path]:
+    """Return ``root`` and the folders below it, nearest first, each level sorted by name.
+
+    Raises:
+        CapGenError: ``root`` is not a folder that can be read.
+    """
+    level, found = [Path(root)], [Path(root)]
+    try:
+        for _ in range(depth):
+            level = sorted(
+                Path(entry.path)
+                for folder in level
+                for entry in os.scandir(folder)
+                if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
+            )
+            found += level
+    except OSError as error:
+        raise CapGenError(
+            f"cannot read the folder {root}: {error.strerror}",
+            "check the path; it is the data set's folder",
+        ) from error
+    return found
+
+
+def find_file(root: Path, names: Iterable[str]) -> Path | None:
+    """Return the file nearest to ``root`` that has one of ``names``, the first name preferred."""
+    inside = folders(root)
+    return next((f / name for name in names for f in inside if (f / name).is_file()), None)
+
+
+def find_images_folder(root: Path, names: Collection[str]) -> Path:
+    """Return the folder called one of ``names`` that holds image files.
+
+    Raises:
+        CapGenError: there is none under ``root``.
+    """
+    for folder in folders(root, depth=3):
+        if folder.name in names and list_images(folder):
+            return folder
+    raise CapGenError(
+        f"{root} has no folder of images",
+        f"it should hold a folder called {' or '.join(names)} with the image files",
+    )
+
+
+def list_images(folder: Path, depth: int = 0) -> set[str]:
+    """Return the image files in ``folder``, as names relative to it; ``depth`` levels of folders
+    below as well."""
+    found = set()
+    for inside in folders(folder, depth):
+        prefix = "" if inside == folder else inside.relative_to(folder).as_posix() + "/"
+        with os.scandir(inside) as entries:
+            found |= {
+                prefix + e.name
+                for e in entries
+                if e.name.lower().endswith(SUFFIXES) and e.is_file()
+            }
+    return {name for name in found if not name.rpartition("/")[2].startswith(".")}
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 text file, a byte-order mark removed.
+
+    Raises:
+        CapGenError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise CapGenError(
+            f"cannot read {path}: {error.strerror}", "check the path and its permissions"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CapGenError(
+            f"{path} is not UTF-8 text ({error})", "save it as 'CSV UTF-8' or plain UTF-8"
+        ) from error
+
+
+def read_kaggle_captions(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (image, caption) of Kaggle's ``image,caption`` lines.
+
+    Read line by line, not by a CSV parser: in a file where commas are quoted in some captions and
+    bare in others, one stray quotation mark would swallow all rows up to the next.
+    """
+    for number, line in enumerate(read_lines(path)):
+        image, _, caption = line.strip().partition(",")
+        if (number == 0 and image.strip().lower() == "image") or not line.strip():
+            continue
+        caption = caption.strip()
+        if len(caption) > 1 and caption.startswith('"') and caption.endswith('"'):
+            caption = caption[1:-1].replace('""', '"')
+        yield safe_name(image, path), caption
+
+
+def read_token_captions(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (image, caption) of the original ``image.jpg#0<tab>caption`` lines."""
+    for line in read_lines(path):
+        if line.strip():
+            image, _, caption = line.partition("\t")
+            yield safe_name(re.sub(r"#\d+\s*$", "", image), path), caption
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file with a header; comma, semicolon and tab are told apart by the header.
+
+    Raises:
+        CapGenError: it is not UTF-8, or not a table.
+    """
+    text = "\n".join(read_lines(path))
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise CapGenError(
+            f"{path} is not a CSV table ({error})", "save it as CSV, one caption a row"
+        ) from error
+    if not rows:
+        raise CapGenError(
+            f"{path} is empty", "give it a header such as image,caption and one caption a row"
+        )
+    columns = [column.strip().lower() for column in rows[0]]
+    for number, row in enumerate(rows, start=1):
+        if len(row) > len(columns):
+            raise CapGenError(
+                f"{path}: row {number} has {len(row)} columns, the header has {len(columns)}",
+                'put captions that contain a comma in quotation marks: "like, this"',
+            )
+    return [
+        dict(zip(columns, row + [""] * len(columns), strict=False)) for row in rows[1:] if any(row)
+    ]
+
+
+def group(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Gather (image, caption) pairs by image."""
+    captions: dict[str, list[str]] = {}
+    for image, caption in pairs:
+        captions.setdefault(image, []).append(caption)
+    return captions
+
+
+def seeded_split(names: Iterable[str], dev: int, test: int, seed: int = 0) -> dict[str, str]:
+    """Split images by chance: the first ``test`` in the order of a seeded hash are test, the next
+    ``dev`` dev.
+
+    The order of ``names`` does not matter, nor does the version of any random generator.
+    """
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    kinds = ["test"] * test + ["dev"] * dev + ["train"] * max(0, len(ranked) - test - dev)
+    return dict(zip(ranked, kinds, strict=False))
+
+
+def tenths(names: Collection[str]) -> dict[str, str]:
+    """Split images 80/10/10 by chance; at least one dev and one test image where there are three or
+    more."""
+    part = max(1, len(names) // 10) if len(names) >= 3 else 0
+    return seeded_split(names, dev=part, test=part)
+
+
+def _is_short(caption: str) -> bool:
+    # Splitting at spaces is cheap and settles nearly all; captions without spaces need the
+    # tokeniser.
+    return len(caption.split()) < 8 and len(tokenise(caption)) < 3
+
+
+def assemble(
+    name: str,
+    root: Path,
+    files: Collection[str],
+    captions: Mapping[str, list[str]],
+    splits: Mapping[str, str],
+) -> Manifest:
+    """Join images, captions and splits to a manifest; what does not fit together is counted, not
+    fatal.
+
+    Args:
+        root: the folder that all image names are relative to.
+        files: the images that exist.
+        splits: split by image; images of ``captions`` that it does not name are left out.
+
+    Raises:
+        CapGenError: nothing is left.
+    """
+    report: Counter[str] = Counter()
+    items, files = [], set(files)
+    for image, raw in captions.items():
+        cleaned = [" ".join(caption.split()) for caption in raw]
+        kept = tuple(caption for caption in cleaned if caption)
+        report[EMPTY_CAPTIONS] += len(cleaned) - len(kept)
+        if image not in files:
+            report[MISSING_IMAGES] += len(raw)
+        elif splits.get(image) not in SPLITS:
+            report[NO_SPLIT] += 1
+        elif kept:
+            report[SHORT_CAPTIONS] += sum(map(_is_short, kept))
+            items.append(Item(image, splits[image], kept))
+        else:
+            report[NO_CAPTIONS] += 1
+    report[NO_CAPTIONS] += len(files - set(captions))
+    if not items:
+        counts = (
+            ", ".join(f"{reason}: {count}" for reason, count in report.items() if count)
+            or "no captions at all"
+        )
+        raise CapGenError(
+            f"{root} holds no image with both a caption and a split ({counts})",
+            "check that the captions file names the image files that are there",
+        )
+    items.sort(key=lambda item: (SPLITS.index(item.split), item.image))
+    return Manifest(
+        name, Path(root), tuple(items), {reason: count for reason, count in report.items() if count}
+    )

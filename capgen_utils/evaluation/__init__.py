@@ -1,0 +1,1 @@
+"""Scores, baselines, results files, and tests of where a captioner looks."""

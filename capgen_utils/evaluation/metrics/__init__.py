@@ -1,0 +1,84 @@
+"""Scores of generated captions, how sure they are, and what they hide."""
+
+from capgen_utils.evaluation.metrics.clipscore import clip_score, ref_clip_score
+from capgen_utils.evaluation.metrics.diagnosis import (
+    Finding,
+    diagnose,
+    diversity,
+    mutual_bleu,
+    originality,
+)
+from capgen_utils.evaluation.metrics.formats import labels, load_captions, load_references
+from capgen_utils.evaluation.metrics.judgement import (
+    agreement,
+    agreement_table,
+    judged_pairs,
+    read_judgements,
+)
+from capgen_utils.evaluation.metrics.meteor import (
+    Meteor,
+    MeteorJava,
+    find_wordnet,
+    has_meteor_java,
+    meteor_java,
+    meteor_nltk,
+)
+from capgen_utils.evaluation.metrics.resampling import (
+    Difference,
+    Interval,
+    intervals,
+    mean_interval,
+    paired_bootstrap,
+    score_with_intervals,
+)
+from capgen_utils.evaluation.metrics.scores import (
+    BLEU_PROTOCOL,
+    PROTOCOLS,
+    TOKENISATION,
+    Statistics,
+    Summed,
+    bleu,
+    cider,
+    cider_d,
+    rouge_l,
+    score,
+)
+
+__all__ = [
+    "BLEU_PROTOCOL",
+    "PROTOCOLS",
+    "TOKENISATION",
+    "Difference",
+    "Finding",
+    "Interval",
+    "Meteor",
+    "MeteorJava",
+    "Statistics",
+    "Summed",
+    "agreement",
+    "agreement_table",
+    "bleu",
+    "cider",
+    "cider_d",
+    "clip_score",
+    "diagnose",
+    "diversity",
+    "find_wordnet",
+    "has_meteor_java",
+    "intervals",
+    "judged_pairs",
+    "labels",
+    "load_captions",
+    "load_references",
+    "mean_interval",
+    "meteor_java",
+    "meteor_nltk",
+    "mutual_bleu",
+    "originality",
+    "paired_bootstrap",
+    "read_judgements",
+    "ref_clip_score",
+    "rouge_l",
+    "score",
+    "score_with_intervals",
+]

@@ -1,0 +1,93 @@
+"""What all widgets are made of: pictures with a text, tables, and errors that are shown and not
+thrown."""
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from capgen_utils.common.files import CapGenError
+from capgen_utils.data.images import ImageLike, open_image
+from capgen_utils.show.plots import rendered
+
+WIDE = {"width": "100%"}
+_CELL = "style='padding:2px 12px 2px 0;text-align:left;vertical-align:top'"
+
+
+def text_of(value: object) -> str:
+    """Return text from anywhere (a file's name, a caption, what a reader types) so that it is no
+    markup."""
+    return html.escape(str(value))
+
+
+def drawn(figure: Figure, text: str) -> str:
+    """Return a figure as HTML, with ``text`` for screen readers."""
+    data, kind = rendered(figure)
+    return _image(data, kind, text)
+
+
+def photograph(image: ImageLike, text: str, side: int = 320) -> str:
+    """Return an image as HTML, at most ``side`` pixels wide and high, with ``text`` for screen
+    readers."""
+    picture = open_image(image)
+    if max(picture.size) < side // 2:  # a drawing of a few pixels
+        picture = picture.resize(
+            (side // 2, side // 2 * picture.size[1] // picture.size[0]), Image.Resampling.NEAREST
+        )
+    picture.thumbnail((side, side))
+    stream = io.BytesIO()
+    picture.save(stream, format="JPEG", quality=88)
+    return _image(stream.getvalue(), "jpeg", text)
+
+
+def _image(data: bytes, kind: str, text: str) -> str:
+    code = base64.b64encode(data).decode()
+    return (
+        f'<img alt="{text_of(text)}" style="max-width:100%" src="data:image/{kind};base64,{code}">'
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table as HTML; every cell is text, never markup."""
+    head = "".join(f"<th {_CELL}>{text_of(name)}</th>" for name in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td {_CELL}>{text_of(cell)}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def paragraph(text: str) -> str:
+    """Return a paragraph of plain text as HTML."""
+    return f"<p style='margin:0.3em 0'>{text_of(text)}</p>"
+
+
+def error_box(error: BaseException) -> str:
+    """Return an error as HTML: what is wrong and what to do about it, without a traceback."""
+    if isinstance(error, CapGenError):
+        problem, remedy = error.problem, error.remedy
+    else:
+        problem = f"something unexpected went wrong ({type(error).__name__}: {error})"
+        remedy = "try another photograph or other settings; if it stays, report it with these words"
+    return (
+        "<div role='alert' class='capgen-error' style='border-left:4px solid #D55E00;padding:4px 10px;margin:4px 0'>"
+        f"<b>{text_of(problem)}</b><br>{text_of(remedy)}</div>"
+    )
+
+
+@contextmanager
+def guarded(box: Any) -> Iterator[None]:
+    """Show an error in ``box``, a widget with a ``value`` of HTML, instead of raising it.
+
+    What a callback of a widget raises ends in a log that nobody reads: the click seems to do
+    nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        box.value = error_box(error)

@@ -1,0 +1,1 @@
+"""Image encoders, CLIP and the feature cache."""

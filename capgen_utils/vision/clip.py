@@ -1,0 +1,201 @@
+"""CLIP image towers: published ones and the small one trained here (notebook 06)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capgen_utils.common.compat import import_torchvision
+from capgen_utils.common.files import CapGenError
+from capgen_utils.common.hub import load_pretrained
+from capgen_utils.config import SMALL_CLIP, SmallClipConfig, from_dict
+from capgen_utils.vision.encoder import FOLDER_REMEDY, Encoder
+from capgen_utils.vision.preprocessing import Preprocessing
+
+
+class ClipVision(Encoder):
+    """CLIP's image half (arXiv 2103.00020): a vision transformer whose class token is projected
+    into the shared space.
+
+    It looks at pixels or, as the small one that is trained here does, at the grid of a frozen stem:
+    to the library's code that grid is a picture of 7 x 7 pixels, say, with 1280 channels, cut into
+    patches.
+
+    Outputs: ``embedding`` (E,), of length 1, and ``grid`` (1 + N, D), the last hidden states, class
+    token first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        vision_model: nn.Module,
+        projection: nn.Linear,
+        preprocessing: Preprocessing,
+        settings: Mapping[str, Any] | None = None,
+        stem: Encoder | None = None,
+    ) -> None:
+        config: Any = vision_model.config
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        outputs = {"embedding": (projection.out_features,), "grid": (tokens, config.hidden_size)}
+        trunk = nn.ModuleDict({"vision_model": vision_model, "visual_projection": projection})
+        super().__init__(
+            name, trunk, preprocessing, outputs, settings, public=stem is None, stem=stem
+        )
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Encode ``pixels`` (B, size, size, 3), values 0 to 255."""
+        if self.stem is not None:
+            return self.from_stem(self.stem(pixels)["grid"])
+        images = pixels.permute(0, 3, 1, 2).float() / 255
+        return self.look((images - self.mean) / self.std)
+
+    def from_stem(self, grid: Tensor) -> dict[str, Tensor]:
+        """Encode the stem's ``grid`` (B, N, D), computed just now or read from a cache: both give
+        the same.
+
+        So it is rounded to float16, as a cache keeps it, and what follows is computed in float32.
+        """
+        with torch.autocast(grid.device.type, enabled=False):
+            return self.look(as_picture(grid.half().float()))
+
+    def look(self, picture: Tensor) -> dict[str, Tensor]:
+        """Encode ``picture`` (B, channels, side, side): normalised pixels, or the stem's grid."""
+        seen = self.trunk["vision_model"](pixel_values=picture)
+        embedding = self.trunk["visual_projection"](seen.pooler_output)
+        return {"embedding": F.normalize(embedding.float(), dim=-1), "grid": seen.last_hidden_state}
+
+
+def as_picture(grid: Tensor) -> Tensor:
+    """(B, N, D) -> (B, D, side, side) for a square grid of N = side * side vectors."""
+    side = math.isqrt(grid.shape[1])
+    return grid.transpose(1, 2).unflatten(2, (side, side))
+
+
+# Which of the library's ways to compute attention: backwards in bfloat16, its fused one is much
+# slower on processors.
+ATTENTION = "eager"
+
+
+def small_clip_config(settings: Any) -> SmallClipConfig:
+    """Rebuild the sizes of a small CLIP from JSON.
+
+    Raises:
+        CapGenError: unknown or impossible values.
+    """
+    sizes = from_dict(
+        SmallClipConfig, settings if isinstance(settings, dict) else {"settings": settings}
+    )
+    for tower in ("vision", "text"):
+        width, heads = getattr(sizes, f"{tower}_width"), getattr(sizes, f"{tower}_heads")
+        layers = getattr(sizes, f"{tower}_layers")
+        if not (0 < heads <= width <= 4096 and width % heads == 0 and 0 < layers <= 64):
+            raise CapGenError(f"a small CLIP of {sizes} is not possible", FOLDER_REMEDY)
+    if not (0 < sizes.embed_size <= 4096 and 2 < sizes.seq_len <= 1024):
+        raise CapGenError(f"a small CLIP of {sizes} is not possible", FOLDER_REMEDY)
+    return sizes
+
+
+def small_vision_config(sizes: SmallClipConfig, stem: Encoder) -> dict[str, Any]:
+    """Return the library's configuration of a vision tower that looks at the stem's grid.
+
+    Raises:
+        CapGenError: the stem's grid is not square, or cannot be cut into such patches.
+    """
+    places, depth = stem.outputs.get("grid", (0, 0))
+    side = math.isqrt(places)
+    if not places or side * side != places or not 0 < sizes.patch <= side or side % sizes.patch:
+        raise CapGenError(
+            f"{stem.name} has no square grid that can be cut into patches of {sizes.patch}",
+            "choose another encoder",
+        )
+    return {
+        "hidden_size": sizes.vision_width,
+        "intermediate_size": 4 * sizes.vision_width,
+        "num_hidden_layers": sizes.vision_layers,
+        "num_attention_heads": sizes.vision_heads,
+        "projection_dim": sizes.embed_size,
+        "num_channels": depth,
+        "image_size": side,
+        "patch_size": sizes.patch,
+    }
+
+
+def new_small_clip(sizes: SmallClipConfig, stem: Encoder) -> ClipVision:
+    """Return the untrained image half of a small CLIP on ``stem``."""
+    import_torchvision()
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    settings = small_vision_config(sizes, stem) | {"attn_implementation": ATTENTION}
+    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings))
+    return small_clip(tower, sizes, stem)
+
+
+def small_clip(halves: Any, sizes: SmallClipConfig, stem: Encoder) -> ClipVision:
+    """Return the image half of ``halves``, one of the library's CLIP models, as an encoder.
+
+    The name says what it sees through: "small_clip on efficientnet_lite0".
+    """
+    name = f"{SMALL_CLIP} on {stem.name}"
+    return ClipVision(
+        name, halves.vision_model, halves.visual_projection, stem.preprocessing, asdict(sizes), stem
+    )
+
+
+CLIP_PREPROCESSING = Preprocessing(
+    224, "crop", mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
+)
+
+
+CLIPS: dict[str, dict[str, tuple[int, ...]]] = {
+    "clip-vit-base-patch32": {"embedding": (512,), "grid": (50, 768)},
+    "clip-vit-large-patch14": {"embedding": (768,), "grid": (257, 1024)},
+}
+
+
+CLIP_REMEDY = (
+    "provide CLIP in one of three ways: (1) connect to the network once, so that it can be fetched from the hub; "
+    "(2) name a local folder in the hub's layout (--encoder-weights FOLDER); "
+    "(3) use the small CLIP that is trained here (capgen pretrain): --encoder small_clip"
+)
+
+
+def clip_vision(name: str, weights: Path | None = None) -> Encoder:
+    """Return the image half of a published CLIP.
+
+    Args:
+        name: a key of ``CLIPS``.
+        weights: a local folder in the hub's layout; else the hub's own is taken.
+
+    Raises:
+        CapGenError: the weights can be neither found nor downloaded; names the three ways to
+            provide them.
+    """
+    import_torchvision()
+    from transformers import CLIPModel
+
+    source = weights or f"openai/{name}"
+    halves = load_pretrained(CLIPModel, source, CLIP_REMEDY)  # the text half is dropped
+    encoder = published_clip(halves, name)
+    require_clip(encoder, name, source)
+    return encoder
+
+
+def require_clip(encoder: Encoder, name: str, source: str | Path | None) -> None:
+    """Refuse another CLIP in the place of the published one ``name``.
+
+    Raises:
+        CapGenError: what was found in ``source`` has other outputs.
+    """
+    if encoder.outputs != CLIPS[name]:
+        raise CapGenError(f"{source} is a CLIP, but not {name}", CLIP_REMEDY)
+
+
+def published_clip(halves: Any, name: str) -> ClipVision:
+    """Return the image half of ``halves``, the library's ``CLIPModel``, as an encoder of pixels."""
+    preprocessing = replace(CLIP_PREPROCESSING, size=halves.config.vision_config.image_size)
+    return ClipVision(name, halves.vision_model, halves.visual_projection, preprocessing)

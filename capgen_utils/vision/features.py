@@ -1,0 +1,430 @@
+"""The feature cache: every image is encoded once, streamed to disk in float16 and read back
+memory-mapped."""
+
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from capgen_utils.common.device import choose_device, choose_dtype
+from capgen_utils.common.files import (
+    CapGenError,
+    explain_os_errors,
+    fingerprint,
+    read_json,
+    require_space,
+    write_json,
+    write_text,
+)
+from capgen_utils.common.paths import data_dir
+from capgen_utils.data.images import open_image
+from capgen_utils.data.manifest import Manifest
+from capgen_utils.vision.encoder import Encoder
+
+FORMAT = 1
+DECODERS = 2  # threads that decode JPEGs while the encoder computes
+PREFETCH = 4  # decoded batches that may wait for the encoder
+
+
+_Batch = tuple[
+    list[str], np.ndarray, dict[str, str]
+]  # names, an array with a row for each, unreadable ones and why
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Features of a list of images, one row an image.
+
+    Attributes:
+        path: the ``.npy`` file.
+        names: image names; ``names[i]`` belongs to row i.
+        array: float16 (images, *shape), memory-mapped, read-only.
+        failed: images that could not be read -> reason; they have no row worth using.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    array: np.ndarray
+    failed: dict[str, str]
+    index: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", {name: row for row, name in enumerate(self.names)})
+
+    def rows(self, names: Sequence[str]) -> Tensor:
+        """Return the features of ``names`` as a float16 tensor (len(names), *shape).
+
+        Raises:
+            CapGenError: an image that has no features.
+        """
+        missing = [name for name in names if name not in self.index or name in self.failed]
+        if missing:
+            raise CapGenError(
+                f"{self.path} holds no features of {missing[0]}", "extract the features again"
+            )
+        return torch.from_numpy(self.array[[self.index[name] for name in names]])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one image's features."""
+        return tuple(self.array.shape[1:])
+
+
+def encode_images(
+    encoder: Encoder, images: Sequence[Any], dtype: torch.dtype, flip: bool = False
+) -> dict[str, Tensor]:
+    """Encode decoded images: the one way from pixels to features, for the cache and for fresh
+    photographs.
+
+    Args:
+        encoder: on its device.
+        images: anything ``images.open_image`` takes.
+        dtype: compute dtype; bf16 and fp16 run under autocast.
+
+    Returns:
+        Output name -> float16 (len(images), *shape) on the CPU.
+    """
+    pixels = np.stack([encoder.preprocessing(open_image(image), flip) for image in images])
+    return _run(encoder, pixels, dtype)
+
+
+@torch.inference_mode()
+def _run(encoder: Encoder, pixels: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
+    device = encoder.mean.device
+    reduced = dtype != torch.float32
+    with torch.autocast(device.type, dtype=dtype) if reduced else nullcontext():
+        outputs = encoder(torch.from_numpy(pixels).to(device))
+    return {name: value.to(torch.float16).cpu() for name, value in outputs.items()}
+
+
+def cache_key(
+    manifest: Manifest, encoder: Encoder, output: str, flip: bool, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return everything the features depend on; its fingerprint names the cache file.
+
+    The size of each image file is part of it, so a replaced photograph makes the old cache unfit.
+    """
+    key = {
+        "format": FORMAT,
+        "encoder": encoder.name,
+        "weights": encoder.weights_hash(),
+        "preprocessing": asdict(encoder.preprocessing),
+        "output": output,
+        "view": "flip" if flip else "plain",
+        "dtype": str(dtype).removeprefix("torch."),
+        "files": _files_of(manifest),
+    }
+    return json.loads(json.dumps(key))  # as it will be read back, tuples as lists
+
+
+def _files_of(manifest: Manifest) -> str:
+    return fingerprint([(item.image, _file_size(manifest.path(item))) for item in manifest.items])
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def extract(
+    manifest: Manifest,
+    encoder: Encoder,
+    output: str = "grid",
+    flip: bool = False,
+    folder: Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    batch_size: int = 32,
+) -> FeatureCache:
+    """Return the features of every image of ``manifest``, from the cache where it holds them.
+
+    A missing cache is written row by row beside its final name; a killed run goes on where it
+    stopped. Images that cannot be read are counted, reported and marked, not fatal. An encoder that
+    reads the grid of a stem is given that grid from its cache where there is one.
+
+    Raises:
+        CapGenError: too little disk space; no such output; a damaged cache; not one readable image.
+    """
+    if output not in encoder.outputs:
+        raise CapGenError(
+            f"{encoder.name} has no output {output!r}",
+            f"choose one of {', '.join(encoder.outputs)}",
+        )
+    device = device or choose_device()
+    dtype = dtype or choose_dtype(device)
+    key = cache_key(manifest, encoder, output, flip, dtype)
+    path = cache_path(manifest, key, folder)
+    folder = path.parent
+    if path.with_suffix(".json").exists():
+        return open_cache(path, key)
+    shape = (len(manifest), *encoder.outputs[output])
+    size = 2 * int(np.prod(shape))
+    print(
+        f"features of {len(manifest)} images, {key['view']} view: {size / 1e6:.0f} MB in {folder}"
+    )
+    with explain_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    done = partial.stat().st_size if partial.exists() else 0
+    require_space(folder, size - done + 2**20, "the feature cache")
+    grids = (
+        find_cache(manifest, encoder.stem, "grid", dtype, flip, folder)
+        if encoder.stem is not None
+        else None
+    )
+    failed = _write_rows(
+        partial, manifest, encoder.to(device), output, flip, dtype, batch_size, grids
+    )
+    _finish(partial, path, key, manifest, shape, failed)
+    return open_cache(path, key)
+
+
+def cache_path(manifest: Manifest, key: dict[str, Any], folder: Path | None = None) -> Path:
+    """Return where features with this key lie, in ``folder`` or in the data folder's ``features``."""
+    name = f"{manifest.name}-{key['encoder'].replace(' ', '_')}-{key['output']}-{key['view']}-{fingerprint(key)}.npy"
+    return (folder or data_dir() / "features") / name
+
+
+def find_cache(
+    manifest: Manifest,
+    encoder: Encoder,
+    output: str,
+    dtype: torch.dtype,
+    flip: bool = False,
+    folder: Path | None = None,
+) -> FeatureCache | None:
+    """Return the features of ``manifest`` if they have been extracted already."""
+    key = cache_key(manifest, encoder, output, flip, dtype)
+    path = cache_path(manifest, key, folder)
+    return open_cache(path, key) if path.with_suffix(".json").exists() else None
+
+
+def find_features(
+    manifest: Manifest,
+    encoder: str,
+    weights: str,
+    dtype: str,
+    output: str | None = None,
+    folder: Path | None = None,
+) -> FeatureCache | None:
+    """Return the features of ``manifest`` by what a results file says of them; the encoder itself
+    is not needed.
+
+    Args:
+        manifest: the whole dataset.
+        encoder: its name.
+        weights: hash of its weights.
+        dtype: compute dtype, such as ``bfloat16``.
+        output: ``None`` for any.
+        folder: instead of the data folder's ``features``.
+    """
+    wanted = {
+        "encoder": encoder,
+        "weights": weights,
+        "dtype": dtype,
+        "view": "plain",
+        "files": _files_of(manifest),
+    }
+    wanted |= {} if output is None else {"output": output}
+    for path in sorted((folder or data_dir() / "features").glob(f"{manifest.name}-*-plain-*.json")):
+        key = read_json(path, f"delete {path.with_suffix('')}.*").get("key", {})
+        if all(key.get(name) == value for name, value in wanted.items()):
+            return open_cache(path.with_suffix(".npy"), key)
+    return None
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """Return the bytes a ``.npy`` file of float16 begins with."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": "<f2", "fortran_order": False, "shape": shape}
+    )
+    return stream.getvalue()
+
+
+def _write_rows(
+    partial: Path,
+    manifest: Manifest,
+    encoder: Encoder,
+    output: str,
+    flip: bool,
+    dtype: torch.dtype,
+    batch_size: int,
+    grids: FeatureCache | None,
+) -> dict[str, str]:
+    """Append the rows that ``partial`` does not hold yet; returns the unreadable images and why."""
+    shape = (len(manifest), *encoder.outputs[output])
+    header, row = _header(shape), 2 * int(np.prod(shape[1:]))
+    log = partial.with_suffix(".failed")
+    with explain_os_errors(partial), open(partial, "ab") as stream:
+        rows = (
+            max(0, stream.tell() - len(header)) // row
+        )  # a row cut in half by a kill is written again
+        stream.truncate(len(header) + rows * row if rows else 0)
+        if not rows:
+            stream.write(header)
+            log.unlink(missing_ok=True)
+        if grids is None:
+            batches = _encoded(
+                _decoded(manifest, encoder, flip, rows, batch_size), encoder, output, dtype
+            )
+        else:
+            batches = _encoded_grids(grids, encoder, output, rows, batch_size)
+        with tqdm(
+            total=len(manifest), initial=rows, unit="img", desc=f"{encoder.name} {output}"
+        ) as bar:
+            for names, features, failed in batches:
+                if failed:
+                    _log_failures(log, failed)
+                features[[i for i, name in enumerate(names) if name in failed]] = np.nan
+                stream.write(features.tobytes())
+                bar.update(len(names))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return _read_failures(log)
+
+
+def _encoded(
+    decoded: Iterator[_Batch], encoder: Encoder, output: str, dtype: torch.dtype
+) -> Iterator[_Batch]:
+    for names, pixels, failed in decoded:
+        yield names, _run(encoder, pixels, dtype)[output].numpy(), failed
+
+
+@torch.inference_mode()
+def _encoded_grids(
+    grids: FeatureCache, encoder: Encoder, output: str, first: int, batch_size: int
+) -> Iterator[_Batch]:
+    for start in range(first, len(grids.names), batch_size):
+        names = list(grids.names[start : start + batch_size])
+        grid = torch.from_numpy(np.array(grids.array[start : start + batch_size])).to(
+            encoder.mean.device
+        )
+        features = encoder.from_stem(grid)[output].to(torch.float16).cpu().numpy()
+        yield names, features, {name: grids.failed[name] for name in names if name in grids.failed}
+
+
+def _read_failures(log: Path) -> dict[str, str]:
+    """A kill can tear the last line; the images of its batch have no rows yet, so they are looked
+    at again."""
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+    return dict(json.loads(line) for line in lines)
+
+
+def _log_failures(log: Path, failed: dict[str, str]) -> None:
+    failed_before = _read_failures(log)
+    write_text(log, "".join(json.dumps(pair) + "\n" for pair in (failed_before | failed).items()))
+    for reason in failed.values():
+        tqdm.write(f"skipped: {reason}")
+
+
+def _decoded(
+    manifest: Manifest, encoder: Encoder, flip: bool, first: int, batch_size: int
+) -> Iterator[_Batch]:
+    """Yield (names, pixels, failures) in order; threads decode ahead while the encoder computes."""
+    blank = np.zeros((encoder.preprocessing.size, encoder.preprocessing.size, 3), dtype=np.uint8)
+
+    def decode(start: int) -> _Batch:
+        pixels, failed = [], {}
+        items = manifest.items[start : start + batch_size]
+        for item in items:
+            try:
+                pixels.append(encoder.preprocessing(open_image(manifest.path(item)), flip))
+            except CapGenError as error:
+                pixels.append(blank)
+                failed[item.image] = error.problem
+        return [item.image for item in items], np.stack(pixels), failed
+
+    waiting: list[Future[_Batch]] = []
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for start in range(first, len(manifest), batch_size):
+            waiting.append(pool.submit(decode, start))
+            if len(waiting) >= PREFETCH:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+
+
+def _finish(
+    partial: Path,
+    path: Path,
+    key: dict[str, Any],
+    manifest: Manifest,
+    shape: tuple[int, ...],
+    failed: dict[str, str],
+) -> None:
+    """Give the complete file its name; the description is written last, so a cache without one is
+    not complete."""
+    if len(failed) == len(manifest):
+        partial.unlink()
+        raise CapGenError(
+            f"not one image of {manifest.name} could be read", next(iter(failed.values()))
+        )
+    if failed:
+        print(f"{len(failed)} of {len(manifest)} images could not be read and are left out")
+    with explain_os_errors(path):
+        os.replace(partial, path)
+        partial.with_suffix(".failed").unlink(missing_ok=True)
+    names = [item.image for item in manifest.items]
+    write_json(
+        path.with_suffix(".json"),
+        {"key": key, "shape": list(shape), "crc32": _crc(path), "failed": failed, "names": names},
+    )
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def open_cache(path: Path, key: dict[str, Any] | None = None, verify: bool = False) -> FeatureCache:
+    """Open a complete cache.
+
+    Args:
+        path: the ``.npy`` file; its description lies beside it as ``.json``.
+        key: what the features must depend on (``cache_key``); ``None`` to skip the comparison.
+        verify: also compare the checksum of all bytes (about a second a gigabyte).
+
+    Raises:
+        CapGenError: missing, truncated, damaged, or made from something else (stale).
+    """
+    remedy = f"delete {path.with_suffix('')}.* and run again: it is extracted anew"
+    meta = read_json(path.with_suffix(".json"), remedy)
+    try:
+        shape, names, failed = tuple(meta["shape"]), tuple(meta["names"]), dict(meta["failed"])
+        stored_key, crc = meta["key"], meta["crc32"]
+    except (KeyError, TypeError) as error:
+        raise CapGenError(
+            f"{path.with_suffix('.json')} is not a feature description", remedy
+        ) from error
+    if key is not None and stored_key != key:
+        changed = [name for name in key if stored_key.get(name) != key[name]]
+        raise CapGenError(
+            f"{path} is stale: {', '.join(changed)} changed since it was written", remedy
+        )
+    expected = len(_header(shape)) + 2 * int(np.prod(shape))
+    actual = _file_size(path)
+    if actual != expected or len(names) != shape[0]:
+        raise CapGenError(f"{path} is truncated: {actual} bytes instead of {expected}", remedy)
+    if verify and _crc(path) != crc:
+        raise CapGenError(f"{path} is damaged: its checksum differs", remedy)
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.shape != shape or array.dtype != np.float16:
+        raise CapGenError(f"{path} holds {array.dtype}{array.shape}, not float16{shape}", remedy)
+    return FeatureCache(path, names, array, failed)

@@ -1,0 +1,69 @@
+"""How an RGB image becomes an encoder's input: one way for training, use, and captioners that need
+no torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from capgen_utils.common.files import CapGenError
+from capgen_utils.config import from_dict
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an RGB image becomes the encoder's input: kept with the encoder and stored in every
+    bundle.
+
+    Attributes:
+        size: side of the square in pixels.
+        resize: ``squash`` (both sides to ``size``) or ``crop`` (short side to ``size``, centre
+            kept).
+        mean, std: per channel, for values from 0 to 1.
+    """
+
+    size: int = 224
+    resize: str = "squash"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __call__(self, image: Image.Image, flip: bool = False) -> np.ndarray:
+        """Return the pixels the encoder sees, uint8 (size, size, 3); ``flip`` mirrors left and
+        right."""
+        if (
+            self.resize == "crop"
+        ):  # the centre alone is resized: a narrow strip would grow to gigabytes first
+            side = min(image.size)
+            left, top = ((length - side) / 2 for length in image.size)
+            box = (left, top, left + side, top + side)
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        elif image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image)
+        return pixels[:, ::-1] if flip else pixels
+
+
+def preprocessing_from_json(value: Any) -> Preprocessing:
+    """Rebuild a ``Preprocessing`` that a bundle stored.
+
+    Raises:
+        CapGenError: unknown fields or impossible values.
+    """
+    value = value if isinstance(value, dict) else {}
+    given = [value.get(key) for key in ("mean", "std")]
+    mean, std = (tuple(v) if isinstance(v, list | tuple) else () for v in given)
+    numbers = all(type(x) in (int, float) and abs(x) <= 100 for x in mean + std)
+    if len(mean) != 3 or len(std) != 3 or not numbers or min(std) < 1e-3:
+        raise CapGenError(
+            f"the bundle's preprocessing {value} is not possible", "get the bundle again"
+        )
+    result = from_dict(Preprocessing, {**value, "mean": mean, "std": std})
+    if not 8 <= result.size <= 2048 or result.resize not in ("squash", "crop"):
+        raise CapGenError(
+            f"the bundle's preprocessing {value} is not possible", "get the bundle again"
+        )
+    return result

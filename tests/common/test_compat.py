@@ -1,0 +1,24 @@
+"""torchvision imports beside any build of torch."""
+
+import importlib
+
+import pytest
+from helpers import run_python
+
+from capgen_utils.common import compat
+
+
+@pytest.mark.parametrize("module", ["torchvision", "timm", "transformers"])
+def test_libraries_import_after_torchvision_was_made_to(module: str) -> None:
+    script = f"from capgen_utils.common.compat import import_torchvision as f; assert f() is f(); import {module}"
+    done = run_python("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        compat.import_torchvision()
