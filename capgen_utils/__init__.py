@@ -7,13 +7,39 @@ when it is first used, so that ``import capgen_utils`` stays fast and needs no t
 import importlib
 from typing import Any
 
-from capgen_utils.common import moved
-from capgen_utils.common.machine import VERSION as __version__
+from capgen_utils.common import machine, moved
 
+__version__ = machine.VERSION
 moved.install()
-_WHERE = {
+_WHERE = {  # public name -> the module that holds it, or that it is
+    "CapGenError": "common.files",
     "Captioner": "captioner",
+    "DecodingConfig": "config",
+    "Item": "data.manifest",
+    "REPOSITORY": "common.paths",
+    "WordTokenizer": "text.words",
+    "build_encoder": "vision.encoders",
+    "build_model": "models",
+    "caption_loss": "models",
+    "choose_device": "common.device",
+    "choose_dtype": "common.device",
+    "data_dir": "common.paths",
+    "download_dataset": "data.datasets",
+    "encode_images": "vision.features",
+    "extract": "vision.features",
+    "get_preset": "presets",
+    "load_bundle": "bundle",
+    "load_dataset": "data.datasets",
+    "make_batch": "training.batches",
+    "make_trainer": "training.recipes",
+    "metrics": "evaluation.metrics",
+    "open_image": "data.images",
     "plots": "show.plots",
+    "prepare": "training.recipes",
+    "pretrain_encoder": "training.encoder",
+    "score": "evaluation.metrics",
+    "shapes": "data.shapes",
+    "tokenise": "text.ptb",
     "widgets": "show.widgets",
 }
 __all__ = ["__version__", *_WHERE]
@@ -24,4 +50,4 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'capgen_utils' has no attribute {name!r}")
     module = importlib.import_module(f"capgen_utils.{_WHERE[name]}")
-    return module if _WHERE[name].endswith(name) else getattr(module, name)
+    return module if _WHERE[name].split(".")[-1] == name else getattr(module, name)
