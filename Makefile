@@ -112,8 +112,8 @@ notebooks: $(STAMP) ## run every notebook from the first cell to the last
 bundles: $(STAMP) ## write the trained captioners of drawn scenes small, into data/bundles
 	$(RUN) -m capgen_utils.apps.authoring.ship
 
-first-cells: $(STAMP) ## write the first cell and the badges into all notebooks and README.md
-	$(RUN) -m capgen_utils.apps.authoring.stamping
+first-cells: $(STAMP) ## write the first cell and the badges of all notebooks; TAG=v0.1.0 for a release
+	$(RUN) -m capgen_utils.apps.authoring.stamping $(if $(TAG),--tag $(TAG))
 
 clean: ## delete caches and build outputs; .venv and data stay
 	rm -rf build dist *.egg-info course-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,9 +3,11 @@ it does nothing."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +22,6 @@ from helpers import ROOT, need
 from capgen_utils import bootstrap
 from capgen_utils.apps.authoring import stamping
 from capgen_utils.apps.authoring.course import NOTEBOOKS, find_notebooks, offline
-from capgen_utils.apps.cli import doctor
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.paths import data_dir, repository_address, requirement_lines
 from capgen_utils.presets import get_preset
@@ -40,37 +41,39 @@ def no_host(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- one template, one address
 
 
+def stamped_ref() -> str:
+    """What the README's links to notebooks on GitHub point to: the branch, or a release's tag."""
+    refs = set(re.findall(r"/blob/([^/]+)/notebooks/", (ROOT / "README.md").read_text("utf-8")))
+    assert len(refs) == 1 and refs <= {stamping.BRANCH, stamping.release_tag()}
+    return refs.pop()
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_every_notebook_begins_with_the_same_cell_and_numbered_ones_have_badges(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     code = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert code == stamping.first_cell(), "run: make first-cells"
     if path.parent == NOTEBOOKS:
-        assert stamping.badges(path.stem) in notebook.cells[0].source, "run: make first-cells"
+        badges = stamping.badges(path.stem, stamped_ref())
+        assert badges in notebook.cells[0].source, "run: make first-cells"
 
 
-def test_badges_in_the_readme_are_those_of_the_notebooks() -> None:
+def test_the_readme_links_every_notebook_and_opens_it_in_colab() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert stamping.stamp_text(readme) == readme, "run: make first-cells"
+    assert stamping.stamp_text(readme, stamped_ref()) == readme, "run: make first-cells"
     for path in find_notebooks():
-        assert f"notebooks/{path.name}" in readme and stamping.badges(path.stem) in readme, (
-            path.name
-        )
+        colab = stamping.badges(path.stem, stamped_ref()).split("](")[2].split(")")[0]
+        assert f"(notebooks/{path.name})" in readme and f"({colab})" in readme, path.name
 
 
-def test_badges_name_address_and_tag_once() -> None:
-    text = stamping.badges("03_show_and_tell")
+def test_badges_open_the_default_branch_or_the_tag_of_a_release() -> None:
     owner = repository_address().removeprefix("https://github.com/")
-    place = f"{owner}/blob/{stamping.tag()}/notebooks/03_show_and_tell.ipynb"
-    assert (
-        text.count(place) == 2
-        and "colab.research.google.com/github/" in text
-        and "kaggle.com/kernels" in text
-    )
-    import tomllib
-
+    for arguments, ref in [((), "main"), ((stamping.release_tag(),), stamping.release_tag())]:
+        text = stamping.badges("03_show_and_tell", *arguments)
+        assert text.count(f"{owner}/blob/{ref}/notebooks/03_show_and_tell.ipynb") == 2
+        assert "colab.research.google.com/github/" in text and "kaggle.com/kernels" in text
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert stamping.tag() == f"v{project['version']}", "the tag is that of the version"
+    assert stamping.release_tag() == f"v{project['version']}"
 
 
 def notebook_of(*sources: str) -> Any:
@@ -112,22 +115,21 @@ def test_the_command_writes_what_it_is_given(
     path = tmp_path / "a.ipynb"
     nbformat.write(notebook_of("# Title", "PRESET = 1"), path)
     before = {one: one.read_bytes() for one in ALL}
-    assert stamping.main([str(path)]) == 0
+    assert stamping.main([str(path), "--tag", stamped_ref()]) == 0
     assert "a.ipynb" in capsys.readouterr().out
     assert nbformat.read(path, as_version=4).cells[1].source == stamping.first_cell()
     assert {one: one.read_bytes() for one in ALL} == before
 
 
 def test_pages_show_badges_as_text() -> None:
-    page = offline(
-        f'<p><a href="https://c"><img alt="Open in Colab" src="{stamping._IMAGE}"></a></p><img src="data:x">'
-    )
+    badge = f'<img alt="Open in Colab" src="{stamping._IMAGE}">'
+    page = offline(f'<p><a href="https://c">{badge}</a></p><img src="data:x">')
     assert page == '<p><a href="https://c">Open in Colab</a></p><img src="data:x">'
 
 
 def test_the_cell_is_short_and_chooses_the_preset() -> None:
     lines = stamping.first_cell().splitlines()
-    assert len(lines) <= 20 and max(map(len, lines)) <= 120
+    assert len(lines) <= 22 and max(map(len, lines)) <= 100
     assert 'PRESET = os.environ.get("CAPGEN_PRESET", "shapes")' in stamping.first_cell()
 
 
@@ -182,7 +184,7 @@ def test_a_gpu_that_torch_cannot_run_on_is_told_by_a_real_operation(
     monkeypatch.setattr("capgen_utils.presets.choose_device", lambda: torch.device("cuda"))
     monkeypatch.setattr("capgen_utils.common.device.choose_dtype", lambda _: torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
-    monkeypatch.setattr(doctor, "check_device", no_kernels)
+    monkeypatch.setattr("capgen_utils.common.device.check_device", no_kernels)
     first, second = bootstrap.describe("auto", "Kaggle")
     assert (
         first
@@ -192,7 +194,7 @@ def test_a_gpu_that_torch_cannot_run_on_is_told_by_a_real_operation(
         "the GPU does not work: CUDA error: no kernel image" in second
         and "T4 instead of P100" in second
     )
-    monkeypatch.setattr(doctor, "check_device", lambda *_: None)
+    monkeypatch.setattr("capgen_utils.common.device.check_device", lambda *_: None)
     assert len(list(bootstrap.describe("auto", "Kaggle"))) == 1
 
 
@@ -273,6 +275,58 @@ def test_only_what_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
         bootstrap.install_missing()
 
 
+# --- which version the first cell clones
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=tests", "-c", "user.email=tests@example.org"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def insteadof(repository: Path) -> dict[str, str]:
+    """Return the environment in which git takes ``repository`` for the public address."""
+    return {
+        "GIT_CONFIG_COUNT": "2",
+        "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf",
+        "GIT_CONFIG_VALUE_0": repository_address(),
+        "GIT_CONFIG_KEY_1": "safe.directory",
+        "GIT_CONFIG_VALUE_1": "*",
+    }
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_the_first_cell_clones_the_tag_if_it_exists_and_the_default_branch_otherwise(
+    tmp_path: Path, released: bool
+) -> None:
+    need("git", shutil.which("git"))
+    work, bare, content = (tmp_path / name for name in ("work", "bare.git", "content"))
+    (work / "capgen_utils").mkdir(parents=True)
+    content.mkdir()
+    git(work, "init", "-q", "-b", "trunk")
+    for version in ("release", "branch"):
+        (work / "capgen_utils" / "version.txt").write_text(version)
+        git(work, "add", ".")
+        git(work, "commit", "-q", "-m", version)
+        if released and version == "release":
+            git(work, "tag", stamping.release_tag())
+    git(tmp_path, "clone", "-q", "--bare", str(work), str(bare))
+    clone = stamping.first_cell().split("\nfrom capgen_utils")[0]
+    code = f"{clone}\nassert sys.path[0] == str(Path('capgen').absolute())"
+    command = [sys.executable, "-S", "-c", code]  # -S: no installed capgen_utils
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    env |= insteadof(bare)
+    done = subprocess.run(command, cwd=content, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cloned = (content / "capgen" / "capgen_utils" / "version.txt").read_text()
+    assert cloned == ("release" if released else "branch")
+    tag = stamping.release_tag()
+    assert done.stdout.strip() == (
+        f"CapGen {tag}" if released else f"CapGen from the default branch: {tag} is not released"
+    )
+    again = subprocess.run(command, cwd=content, env=env | insteadof(Path("nowhere")), check=False)
+    assert again.returncode == 0, "a restarted kernel uses the clone that is there"
+
+
 # --- by imitation: a machine with other versions
 
 
@@ -291,7 +345,8 @@ def wheel(
     files = {
         f"{module}/__init__.py": f"__version__ = {version!r}\n{code}",
         f"{info}/METADATA": "\n".join(lines) + "\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\n"
+        "Tag: py3-none-any\n",
     }
     files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
     path = folder / f"{plain}-{version}-py3-none-any.whl"
@@ -373,14 +428,10 @@ def _repository(folder: Path) -> None:
     shutil.copytree(ROOT / "capgen_utils", folder / "capgen_utils", ignore=skip)
     for name in ("pyproject.toml", "requirements.txt", "constraints.txt"):
         shutil.copyfile(ROOT / name, folder / name)
-    who = ["-c", "user.name=tests", "-c", "user.email=tests@example.org"]
-    for command in (
-        ["init", "-q"],
-        ["add", "."],
-        [*who, "commit", "-q", "-m", "all"],
-        ["tag", stamping.tag()],
-    ):
-        subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True)
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "-m", "all")
+    git(folder, "tag", stamping.release_tag())
 
 
 def run_first_cell(hosted: dict[str, Path], content: Path, after: str = "", **more: str) -> Any:
@@ -396,12 +447,8 @@ def run_first_cell(hosted: dict[str, Path], content: Path, after: str = "", **mo
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(hosted["index"]),
         "HOME": str(content),
-        "GIT_CONFIG_COUNT": "2",
-        "GIT_CONFIG_KEY_0": f"url.file://{hosted['repository']}.insteadOf",
-        "GIT_CONFIG_VALUE_0": repository_address(),
-        "GIT_CONFIG_KEY_1": "safe.directory",
-        "GIT_CONFIG_VALUE_1": "*",
-    } | more
+    }
+    env |= insteadof(hosted["repository"]) | more
     # Only the search for images is left out: it would draw them, which needs a real numpy.
     quiet = "\nimport json, importlib.metadata as m\n" + after
     cell = stamping.first_cell().replace(
