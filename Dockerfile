@@ -1,7 +1,7 @@
-# The web service with the captioners that ship, for a processor:
+# The web service with the captioners that ship, on the CPU:
 #   docker build -t capgen .
 #   docker run --rm --read-only --tmpfs /tmp -p 8000:8000 capgen
-# For an NVIDIA card, with the index of wheels that suits its driver (pytorch.org, Get Started):
+# On an NVIDIA GPU, with the wheel index that matches its driver (pytorch.org, Get Started):
 #   docker build -t capgen:gpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 #   docker run --rm --gpus all --read-only --tmpfs /tmp -p 8000:8000 capgen:gpu
 
@@ -12,23 +12,25 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/capgen
 RUN python -m venv .venv
-COPY requirements.txt constraints.txt ./
-# torch first, from its own index: its builds for processors are a tenth the size of those for graphics cards.
+COPY requirements.txt constraints.txt pyproject.toml ./
+# torch comes first, from its own index: the CPU build is a tenth of the size of the GPU build.
 RUN .venv/bin/pip install --index-url "${TORCH_INDEX}" -c constraints.txt torch torchvision
-# What only notebooks and downloads of data sets need stays out.
+# Without the packages that only notebooks and downloads use, with those of the extra [serve].
 RUN grep -vE '^(jupyterlab|ipywidgets|kaggle|kagglehub)\b' requirements.txt > served.txt \
+    && .venv/bin/python -c "import tomllib as t; p = t.load(open('pyproject.toml', 'rb'))['project']; \
+print(*p['optional-dependencies']['serve'], sep='\n')" >> served.txt \
     && .venv/bin/pip install -c constraints.txt 'setuptools>=77' -r served.txt
-COPY pyproject.toml README.md LICENSE ./
+COPY README.md LICENSE ./
 COPY capgen_utils capgen_utils
 RUN .venv/bin/pip install --no-deps --no-build-isolation -e . \
     && .venv/bin/python -m compileall -q capgen_utils
 COPY data/bundles data/bundles
-# Files keep the rights that they have where the image is built, and the one who serves them is someone else.
-# Not .venv, which * leaves out: pip made it readable, and a layer would hold all of it a second time.
+# Copied files keep their permissions, and the service runs as another user. The pattern omits .venv on
+# purpose: pip made it readable, and changing it would store all of it in a second layer.
 RUN chmod -R a+rX ./*
 
 FROM python:${PYTHON}-slim
-# Nothing is written but to /tmp, and to /data where something is mounted there: the root file system may be read-only.
+# The service writes only to /tmp, and to /data if it is mounted: the root file system may be read-only.
 ENV PATH=/opt/capgen/.venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HOME=/tmp HF_HOME=/tmp/huggingface TORCH_HOME=/tmp/torch MPLCONFIGDIR=/tmp/matplotlib \

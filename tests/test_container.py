@@ -74,6 +74,7 @@ def test_the_build_is_the_set_up_of_the_makefile() -> None:
     assert [v for v in values("ARG") if v.startswith("TORCH_INDEX=")] == [
         "TORCH_INDEX=https://download.pytorch.org/whl/cpu"
     ], "for a processor by default"
+    assert "['optional-dependencies']['serve']" in runs, "the service's extra is installed"
     left_out = re.search(r"grep -vE '\^\(([^)]*)\)", runs)
     assert left_out
     required = [
@@ -89,7 +90,7 @@ def test_what_is_left_out_of_the_image_is_nothing_that_serving_imports() -> None
     gone = {line.split(">=")[0] for line in lines} - {line.split(">=")[0] for line in kept}
     assert gone == {"jupyterlab", "ipywidgets", "kaggle", "kagglehub"}
     served = [
-        *(ROOT / "capgen_utils" / "service").glob("*.py"),
+        *(ROOT / "capgen_utils" / "apps" / "serve").glob("*.py"),
         ROOT / "capgen_utils" / "captioner.py",
     ]
     for path in served:
@@ -139,7 +140,7 @@ def test_port_health_and_command_agree_with_the_service() -> None:
     program = json.loads(health[health.index("[") :])
     assert program[0] == "python"
     compile(program[2], "healthcheck", "exec")
-    application = (ROOT / "capgen_utils" / "service" / "app.py").read_text(encoding="utf-8")
+    application = (ROOT / "capgen_utils" / "apps" / "serve" / "app.py").read_text(encoding="utf-8")
     assert '"/healthz"' in application
     for name in ("capgen", "capgen-gpu"):
         assert COMPOSE["services"][name]["ports"][0].endswith(f":{options.port}")

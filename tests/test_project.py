@@ -98,8 +98,13 @@ def pins() -> dict[str, str]:
 # --- dependencies
 
 
+EXTRAS = PROJECT["optional-dependencies"]
+OWN = "capgen-utils[demo,onnx,serve]"  # what makes `dev` hold the other extras too
+
+
 @pytest.mark.parametrize(
-    "line", requirement_lines("requirements.txt") + PROJECT["optional-dependencies"]["dev"]
+    "line",
+    [*requirement_lines("requirements.txt"), *sorted({*sum(EXTRAS.values(), [])} - {OWN})],
 )
 def test_requirements_have_lower_bounds_only_and_a_pin_that_meets_them(line: str) -> None:
     requirement = Requirement(line)
@@ -125,6 +130,13 @@ def test_constraints_are_exact_plain_versions() -> None:
 def test_the_package_names_its_dependencies_once() -> None:
     assert PROJECT["dynamic"] == ["dependencies"]
     assert PROJECT["scripts"]["capgen"] == "capgen_utils.apps.cli.main:main"
+
+
+def test_only_the_extra_holds_what_only_the_service_needs() -> None:
+    course = {Requirement(line).name for line in requirement_lines("requirements.txt")}
+    service = {Requirement(line).name for line in EXTRAS["serve"]}
+    assert service >= {"fastapi", "uvicorn"} and not service & course
+    assert OWN in EXTRAS["dev"], "`make setup` and the wheelhouse install every extra"
 
 
 def test_every_link_to_the_repository_is_made_from_the_one_address() -> None:
