@@ -58,6 +58,9 @@ _MODULES = {
 }
 # Names that went elsewhere than the rest of their module.
 _NAMES = {
+    "attention.grid_side": "vision.grid",
+    "attention.seen_box": "vision.grid",
+    "attention.upsample": "vision.grid",
     "bpe.KINDS": "text.vocabulary",
     "bpe.fit_tokenizer": "text.vocabulary",
     "bpe.token_rows": "text.vocabulary",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from capgen_utils.text.words import Tokenizer
 
@@ -90,6 +91,14 @@ class Caption:
     ended: bool
     candidates: tuple[Candidate, ...]
     tokens: tuple[int, ...] = ()
+
+
+class NextWord(NamedTuple):
+    """A token that could come next: its text, its probability, and whether the caption has it there."""
+
+    text: str
+    probability: float
+    said: bool
 
 
 def caption_of(

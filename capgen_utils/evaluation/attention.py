@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from capgen_utils.captioner import Captioner
 from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import ImageLike
+from capgen_utils.decoding.captions import NextWord
 from capgen_utils.decoding.logits import allowed
 from capgen_utils.decoding.options import DecodingOptions, longest_caption
 from capgen_utils.decoding.run import word_attention
@@ -21,71 +21,13 @@ from capgen_utils.models.clip_gpt2 import Gpt2Decoder
 from capgen_utils.models.transformer import TransformerCaptioner
 from capgen_utils.text.words import Tokenizer
 from capgen_utils.vision.features import encode_images
+from capgen_utils.vision.grid import grid_side, upsample
 from capgen_utils.vision.preprocessing import Preprocessing
 
 MEAN, ROLLOUT = "mean", "rollout"
 
 
-# --- the grid and the pixels
-
-
-def grid_side(cells: int) -> int:
-    """Return the side of a square grid of ``cells`` cells.
-
-    Raises:
-        CapGenError: ``cells`` is no square number.
-    """
-    side = round(cells**0.5)
-    if side * side != cells:
-        raise CapGenError(
-            f"{cells} cells are no square grid", "pass the weights of one image over a square grid"
-        )
-    return side
-
-
-def upsample(
-    weights: Any, size: tuple[int, int], preprocessing: Preprocessing | None = None
-) -> np.ndarray:
-    """Return attention over a grid as a smooth map over the image it belongs to.
-
-    A squashed image fills the encoder's square, so the grid covers all of it; of a cropped one the
-    grid covers the centred square, and the rest of the map is 0.
-
-    Args:
-        weights: (N,) over a square grid, row by row.
-        size: (width, height) of the image in pixels.
-        preprocessing: of the encoder that the grid came from; ``None`` for squash.
-
-    Returns:
-        Values of 0 or more, (height, width); the largest is about that of ``weights``.
-    """
-    values = np.asarray(weights, dtype=np.float32).reshape(-1)
-    side = grid_side(len(values))
-    grid = Image.fromarray(values.reshape(side, side))  # one float a pixel
-    left, top, right, bottom = seen_box(size, preprocessing)
-    result = np.zeros((size[1], size[0]), dtype=np.float32)
-    result[top:bottom, left:right] = np.asarray(
-        grid.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
-    )
-    return result
-
-
-def seen_box(
-    size: tuple[int, int], preprocessing: Preprocessing | None = None
-) -> tuple[int, int, int, int]:
-    """Return which part of an image its encoder sees: left, top, right, bottom in pixels, the
-    latter two excluded.
-
-    Args:
-        size: (width, height) of the image.
-        preprocessing: of the encoder; ``None`` for squash, which keeps everything.
-    """
-    width, height = size
-    if preprocessing is None or preprocessing.resize != "crop":
-        return 0, 0, width, height
-    short = min(size)
-    left, top = (width - short) // 2, (height - short) // 2
-    return left, top, left + short, top + short
+# --- maps over the grid
 
 
 def on_grid(weights: Tensor) -> Tensor:
@@ -377,18 +319,10 @@ def _given(captioner: Captioner, said: str | Sequence[int]) -> tuple[int, ...]:
     return tokens
 
 
-class Choice(NamedTuple):
-    """A token that might have come next: its text, its probability, and whether it did come."""
-
-    text: str
-    probability: float
-    said: bool
-
-
 @torch.inference_mode()
 def next_words(
     captioner: Captioner, image: ImageLike, maps: CaptionMaps, count: int = 8
-) -> list[list[Choice]]:
+) -> list[list[NextWord]]:
     """Return what a captioner held likely at each word of a caption, given the words before it.
 
     Args:
@@ -416,7 +350,7 @@ def next_words(
         best = row.topk(min(count, len(row))).indices.tolist()
         best = best if said in best else [*best[: count - 1], said]
         found.append(
-            [Choice(_shown(captioner, token), float(row[token]), token == said) for token in best]
+            [NextWord(_shown(captioner, token), float(row[token]), token == said) for token in best]
         )
     return found
 

@@ -19,11 +19,12 @@ from capgen_utils.data.scenes import COLOURS, SHAPES, Scene, ShapeObject
 from capgen_utils.data.shapes import is_true, load_scenes, scenes_file
 from capgen_utils.decoding.logits import allowed
 from capgen_utils.decoding.run import image_key
-from capgen_utils.evaluation.attention import MEAN, ROLLOUT, CaptionMaps, caption_maps, grid_side
+from capgen_utils.evaluation.attention import MEAN, ROLLOUT, CaptionMaps, caption_maps
 from capgen_utils.evaluation.metrics import mean_interval
 from capgen_utils.evaluation.metrics.resampling import INTERVALS
 from capgen_utils.evaluation.results import sight_of, with_facts
 from capgen_utils.vision.features import encode_images
+from capgen_utils.vision.grid import grid_side
 
 KINDS = {"colour": tuple(COLOURS), "shape": SHAPES}  # words that name an object of a scene
 

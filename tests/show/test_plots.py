@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from capgen_utils.common.files import CapGenError
-from capgen_utils.evaluation.attention import Choice
+from capgen_utils.decoding.captions import NextWord
 from capgen_utils.show import plots
 from capgen_utils.vision.preprocessing import Preprocessing
 
@@ -305,7 +305,11 @@ def test_the_panel_has_the_image_and_one_picture_a_word_in_order() -> None:
 
 
 def test_a_step_shows_the_map_and_the_next_words() -> None:
-    likely = [Choice("dog", 0.6, False), Choice("cat", 0.3, True), Choice("(end)", 0.1, False)]
+    likely = [
+        NextWord("dog", 0.6, False),
+        NextWord("cat", 0.3, True),
+        NextWord("(end)", 0.1, False),
+    ]
     left, right, *_ = plots.attention_step(RED, peak(3, 3), 10, likely, "cat").axes
     assert left.get_title() == "cat"
     assert [label.get_text() for label in right.get_yticklabels()] == ["dog", "cat", "(end)"]

@@ -25,8 +25,9 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.decoding.captions import Caption
 from capgen_utils.decoding.options import check_decoding, describe, with_options
 from capgen_utils.decoding.rerank import temperatures_of
-from capgen_utils.evaluation.attention import MEAN, CaptionMaps, caption_maps, grid_side, seen_box
+from capgen_utils.evaluation.attention import MEAN, CaptionMaps, caption_maps
 from capgen_utils.vision.clip import CLIPS
+from capgen_utils.vision.grid import grid_side, seen_box
 from capgen_utils.vision.preprocessing import Preprocessing
 
 

@@ -4,7 +4,6 @@ Every function returns a matplotlib ``Figure`` that no window and no global stat
 shows it in a notebook together with a text for those who cannot see it.
 """
 
-from capgen_utils.evaluation.attention import grid_side, upsample
 from capgen_utils.show.plots.charts import (
     bars,
     interval_bars,
@@ -41,6 +40,7 @@ from capgen_utils.show.plots.style import (
     show_source,
     use_style,
 )
+from capgen_utils.vision.grid import grid_side, upsample
 
 __all__ = [
     "COLOUR_MAP",

@@ -13,8 +13,9 @@ from PIL import Image
 
 from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import ImageLike, open_image
-from capgen_utils.evaluation.attention import Choice, seen_box, upsample
+from capgen_utils.decoding.captions import NextWord
 from capgen_utils.show.plots.style import HEAT, PALETTE, new_figure
+from capgen_utils.vision.grid import seen_box, upsample
 from capgen_utils.vision.preprocessing import Preprocessing
 
 SCALE = "attention, 1 = even over the image"
@@ -181,7 +182,7 @@ def attention_step(
     image: ImageLike,
     weights: Any,
     top: float,
-    likely: Sequence[Choice],
+    likely: Sequence[NextWord],
     word: str,
     preprocessing: Preprocessing | None = None,
 ) -> Figure:

@@ -11,8 +11,8 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
 from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import ImageLike, open_image
-from capgen_utils.evaluation.attention import grid_side
 from capgen_utils.show.plots.style import COLOUR_MAP, PALETTE, STYLE, new_figure
+from capgen_utils.vision.grid import grid_side
 from capgen_utils.vision.preprocessing import Preprocessing
 
 

@@ -23,6 +23,7 @@ from capgen_utils.show.widgets.parts import (
     guarded,
     paragraph,
     photograph,
+    scorer_of,
     table,
     text_of,
 )
@@ -318,14 +319,6 @@ def _looks(captioner: Captioner, image: Image.Image, caption: Caption) -> Any:
         return Steps(image, maps, next_words(captioner, image, maps)).widget
     except CapGenError as error:
         return ipywidgets.HTML(paragraph(f"No word-by-word maps: {error.problem}."))
-
-
-def scorer_of(captioner: Captioner) -> DualEncoder | None:
-    """Return the CLIP that can judge a captioner's captions, or ``None``."""
-    try:
-        return captioner.scorer
-    except CapGenError:
-        return None
 
 
 def demo(bundles: Mapping[str, Path | Captioner] | None = None) -> ipywidgets.VBox:

@@ -11,9 +11,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from capgen_utils.captioner import Captioner
 from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import ImageLike, open_image
-from capgen_utils.show.plots import rendered
+from capgen_utils.show.plots.style import rendered
+from capgen_utils.vision.dual_encoder import DualEncoder
 
 WIDE = {"width": "100%"}
 _CELL = "style='padding:2px 12px 2px 0;text-align:left;vertical-align:top'"
@@ -91,3 +93,11 @@ def guarded(box: Any) -> Iterator[None]:
         yield
     except Exception as error:
         box.value = error_box(error)
+
+
+def scorer_of(captioner: Captioner) -> DualEncoder | None:
+    """Return the CLIP that can judge a captioner's captions, or ``None``."""
+    try:
+        return captioner.scorer
+    except CapGenError:
+        return None

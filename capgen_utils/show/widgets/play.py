@@ -14,8 +14,14 @@ from capgen_utils.decoding.rerank import fit
 from capgen_utils.evaluation.baselines import human_choices
 from capgen_utils.evaluation.metrics import Statistics
 from capgen_utils.evaluation.metrics.scores import BLEU_NAMES, bleu_of_sums
-from capgen_utils.show.widgets.app import scorer_of
-from capgen_utils.show.widgets.parts import guarded, paragraph, photograph, table, text_of
+from capgen_utils.show.widgets.parts import (
+    guarded,
+    paragraph,
+    photograph,
+    scorer_of,
+    table,
+    text_of,
+)
 
 LONGEST = 300  # characters of a caption that a reader types
 

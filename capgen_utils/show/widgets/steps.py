@@ -7,9 +7,10 @@ import ipywidgets
 
 from capgen_utils.captioner import Captioner
 from capgen_utils.data.images import ImageLike, open_image
+from capgen_utils.decoding.captions import NextWord
 from capgen_utils.decoding.options import DecodingOptions
-from capgen_utils.evaluation.attention import MEAN, CaptionMaps, Choice, caption_maps, next_words
-from capgen_utils.show.plots import attention_step, scale_top
+from capgen_utils.evaluation.attention import MEAN, CaptionMaps, caption_maps, next_words
+from capgen_utils.show.plots.looks import attention_step, scale_top
 from capgen_utils.show.widgets.parts import WIDE, drawn, guarded, text_of
 
 
@@ -52,7 +53,7 @@ class Steps:
         widget: all of it.
     """
 
-    def __init__(self, image: ImageLike, maps: CaptionMaps, likely: list[list[Choice]]) -> None:
+    def __init__(self, image: ImageLike, maps: CaptionMaps, likely: list[list[NextWord]]) -> None:
         self._image, self._maps, self._likely = image, maps, likely
         self._drawn: dict[tuple[str, int], str] = {}
         last = len(maps.words) - 1
