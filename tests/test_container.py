@@ -129,11 +129,11 @@ def test_it_runs_as_nobody_in_particular_and_writes_nothing_into_itself() -> Non
 
 
 def test_port_health_and_command_agree_with_the_service() -> None:
-    from capgen_utils.apps.cli.main import _parser
+    from capgen_utils.apps.cli.main import make_parser
 
     (entry,), command = (json.loads(values(name, LAST)[0]) for name in ("ENTRYPOINT", "CMD"))
     assert PROJECT["scripts"][entry] == "capgen_utils.apps.cli.main:main"
-    options = _parser().parse_args(command)
+    options = make_parser().parse_args(command)
     assert options.host == "0.0.0.0" and values("EXPOSE", LAST) == [str(options.port)]
     (health,) = values("HEALTHCHECK", LAST)
     assert f"http://127.0.0.1:{options.port}/healthz" in health

@@ -2,17 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-from typing import TYPE_CHECKING
-
 from capgen_utils.common.files import CapGenError
 
-if (
-    TYPE_CHECKING
-):  # functions import it themselves: what runs without torch reads configurations too
+if TYPE_CHECKING:  # functions import torch themselves, so that the command line starts without it
     import torch
-import torch
 
 
 def device_name(device: "torch.device") -> str:
@@ -87,13 +80,15 @@ NO_KERNEL_REMEDY = (
 )
 
 
-def check_device(device: torch.device, dtype: torch.dtype) -> None:
+def check_device(device: "torch.device", dtype: "torch.dtype") -> None:
     """Multiply two matrices and convolve a small image on ``device``: being listed is not the same
     as working.
 
     Raises:
         RuntimeError: the device cannot run one of them, or computes something wrong.
     """
+    import torch
+
     ones = torch.ones(64, 64, device=device, dtype=dtype)
     product = (ones @ ones).float()
     image = torch.ones(1, 3, 8, 8, device=device, dtype=dtype)
@@ -106,7 +101,7 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
         raise RuntimeError("wrong result of a matrix product or a convolution")
 
 
-def device_remedy(message: str, device: torch.device) -> str:
+def device_remedy(message: str, device: "torch.device") -> str:
     """Return what to do about the error ``message`` that an operation on ``device`` raised."""
     text = message.lower()
     if "no kernel image" in text or "not compatible with the current pytorch" in text:

@@ -1,5 +1,4 @@
-"""Captions of many images, written batch by batch: memory stays small, and a run that was stopped
-goes on."""
+"""Captions of many images, written batch by batch: memory stays small, and runs can resume."""
 
 import csv
 import io
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from capgen_utils.common.files import (
     CapGenError,
+    atomic_path,
     explain_os_errors,
     fingerprint,
     read_json,
@@ -25,32 +25,25 @@ if TYPE_CHECKING:  # so that a captioner without torch can be used too
     from capgen_utils.apps.export.onnx_captioner import OnnxCaptioner
     from capgen_utils.captioner import Captioner
 
-
 BATCH_SIZE = 32
 VERSION = 1
-
-
 Result = tuple[Path, Caption | CapGenError]
-
-
-_ANOTHER = "name another file, or delete this one"
+OTHER_FILE = "choose another file, or delete this one"
 
 
 def shown(path: str | Path) -> str:
-    """Return a path as it is written: bytes of a file name that are no UTF-8 become escapes."""
+    """Return a path as it is written; bytes of a file name that are not UTF-8 become escapes."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def printable(text: str) -> str:
-    """Return ``text`` in one line: control characters, which a file name may hold, become escapes."""
+    """Return ``text`` on one line; control characters in file names become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def read_paths(data: bytes) -> list[Path]:
-    """Return the paths that a list holds: one a line, or separated by NUL where there is one
-    (``find -print0``)."""
-    separator = b"\0" if b"\0" in data else b"\n"
-    lines = (line if separator == b"\0" else line.rstrip(b"\r") for line in data.split(separator))
+    """Return the paths of a list: one per line, or separated by NUL (``find -print0``)."""
+    lines = data.split(b"\0") if b"\0" in data else [x.rstrip(b"\r") for x in data.split(b"\n")]
     return [Path(os.fsdecode(line)) for line in lines if line]
 
 
@@ -62,11 +55,11 @@ class Style:
     """How results are written.
 
     Attributes:
-        format: ``text`` to read, ``jsonl`` (an object a line) or ``csv``.
-        candidates: how many of an image's captions are written; ``None`` for the format's usual:
-            the best one, in ``jsonl`` all.
-        reranked: a CLIP chose, so its score is written too.
-        named: whether a line of ``text`` begins with the file.
+        format: ``text`` to read, ``jsonl`` (one object per line) or ``csv``.
+        candidates: captions written per image; ``None`` for all of them in ``jsonl``, else only the
+            best.
+        reranked: whether captions have a CLIP score, which is then written too.
+        named: whether a line of ``text`` begins with the file name.
     """
 
     format: str = "text"
@@ -75,51 +68,44 @@ class Style:
     named: bool = True
 
     @property
+    def columns(self) -> list[str]:
+        """The columns of a CSV file."""
+        scores = ["temperature", "clip_score"] if self.reranked else []
+        return ["image", "caption", "rank", "log_probability", *scores]
+
+    @property
     def header(self) -> str:
         """The first line of a file of this format."""
-        columns = ["image", "caption", "rank", "log_probability"] + [
-            "temperature",
-            "clip_score",
-        ] * self.reranked
-        return _csv([columns]) if self.format == "csv" else ""
+        return csv_text([self.columns]) if self.format == "csv" else ""
 
     def record(self, path: Path, caption: Caption) -> str:
-        """Return what is written of one image: one or several lines, the last one ended."""
-        return {"text": self._text, "jsonl": self._json, "csv": self._rows}[self.format](
-            path, caption
-        )
-
-    def _text(self, path: Path, caption: Caption) -> str:
-        lines = [f"{printable(shown(path))}: {caption.text}" if self.named else caption.text]
-        for candidate in caption.candidates[: self.candidates] if self.candidates else ():
-            fits = f"  {candidate.clip_score:5.3f}" if candidate.clip_score is not None else ""
-            lines.append(f"  {candidate.log_probability:8.2f}{fits}  {candidate.text}")
-        return "\n".join(lines) + "\n"
-
-    def _json(self, path: Path, caption: Caption) -> str:
-        considered = [
-            {"text": c.text, "log_probability": round(c.log_probability, 4)}
-            | (
-                {}
-                if c.clip_score is None
-                else {"temperature": c.temperature, "clip_score": round(c.clip_score, 4)}
+        """Return the lines written for one image, the last one terminated."""
+        if self.format == "csv":
+            return csv_text(
+                [shown(path), c.text, rank, round(c.log_probability, 4)]
+                + ([] if c.clip_score is None else [c.temperature, round(c.clip_score, 4)])
+                for rank, c in enumerate(caption.candidates[: self.candidates or 1], start=1)
             )
-            for c in caption.candidates[: self.candidates]
-        ]
-        row = {"image": shown(path), "caption": caption.text, "candidates": considered}
+        if self.format == "text":
+            lines = [f"{printable(shown(path))}: {caption.text}" if self.named else caption.text]
+            for c in caption.candidates[: self.candidates or 0]:
+                score = "" if c.clip_score is None else f"  {c.clip_score:5.3f}"
+                lines.append(f"  {c.log_probability:8.2f}{score}  {c.text}")
+            return "\n".join(lines) + "\n"
+        candidates = []
+        for c in caption.candidates[: self.candidates]:
+            candidates.append({"text": c.text, "log_probability": round(c.log_probability, 4)})
+            if c.clip_score is not None:
+                scores = {"temperature": c.temperature, "clip_score": round(c.clip_score, 4)}
+                candidates[-1] |= scores
+        row = {"image": shown(path), "caption": caption.text, "candidates": candidates}
         return json.dumps(row, ensure_ascii=False) + "\n"
 
-    def _rows(self, path: Path, caption: Caption) -> str:
-        return _csv(
-            [shown(path), c.text, rank, round(c.log_probability, 4)]
-            + ([] if c.clip_score is None else [c.temperature, round(c.clip_score, 4)])
-            for rank, c in enumerate(caption.candidates[: self.candidates or 1], start=1)
-        )
 
-
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as CSV, with the line ends of RFC 4180."""
     text = io.StringIO()
-    csv.writer(text).writerows(rows)  # with CR LF, as RFC 4180 has it
+    csv.writer(text).writerows(rows)
     return text.getvalue()
 
 
@@ -127,28 +113,26 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
 
 
 class CaptionFile:
-    """A file of captions that grows batch by batch; what one batch adds is there before the next
-    one begins.
+    """A file of captions that grows batch by batch; each batch is on disk before the next begins.
 
-    A second file beside it, ``FILE.settings.json``, says what made it, so that nothing else is ever
-    appended.
+    ``FILE.settings.json`` beside it records what made the captions, so that only captions of the
+    same settings are ever appended.
 
     Args:
-        path: of ``jsonl`` or ``csv``; plain text can be written, but not gone on with.
-        style: how it is written.
-        settings: what the captions hang on, see ``settings_of``.
+        path: of ``jsonl`` or ``csv``; plain text can be written but not resumed.
+        style: how captions are written.
+        settings: everything that determines the captions, see ``settings_of``.
         paths: all images of the run, in order.
-        batch_size: images of a batch.
-        resume: go on with a file that exists. A torn last line is dropped, and with it what its
-            batch had written: the batch is captioned anew as a whole, so that the file becomes the
-                same to the byte.
+        batch_size: images per batch.
+        resume: continue an existing file. Its last batch is captioned again as a whole, as it may
+            be incomplete, so that the finished file is the same to the byte as without a stop.
 
     Attributes:
-        held: the images that it holds already, as ``shown`` writes them.
+        held: the images already in the file, as ``shown`` writes them.
 
     Raises:
-        CapGenError: it exists and shall not be gone on with, was made by other settings, or cannot
-            be written.
+        CapGenError: the file exists and may not be continued, has other settings, or cannot be
+            written.
     """
 
     def __init__(
@@ -163,19 +147,18 @@ class CaptionFile:
         self.path, self.style = path, style
         self.held: set[str] = set()
         if resume and style.format == "text":
-            raise CapGenError(
-                "a file of plain text cannot be gone on with", "write --format jsonl or csv"
-            )
+            raise CapGenError("plain text cannot be resumed", "use --format jsonl or csv")
         if os.path.lexists(path) and (not path.is_file() or path.stat().st_size):
             if not resume or not path.is_file():
-                raise CapGenError(f"{path} exists already", f"go on with it (--resume), {_ANOTHER}")
-            _check_settings(path, settings)
-            self._take_up([shown(p) for p in paths], batch_size)
+                raise CapGenError(f"{path} exists already", f"add --resume, {OTHER_FILE}")
+            check_settings(path, settings)
+            batches = {shown(path): i // batch_size for i, path in enumerate(paths)}
+            self._keep_whole_batches(batches)
         if style.format != "text":
             write_json(settings_path(path), settings)
         with explain_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = _append(path)
+            self._stream = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115
             if not path.stat().st_size:
                 self._stream.write(style.header)
 
@@ -192,87 +175,78 @@ class CaptionFile:
             self._stream.write(text)
 
     def flush(self) -> None:
-        """Hand what was written to the operating system: it survives the end of this process."""
+        """Pass the text on to the operating system, so that it survives the end of this process."""
         with explain_os_errors(self.path):
             self._stream.flush()
 
-    def _take_up(self, names: Sequence[str], batch_size: int) -> None:
-        header, records = _records(self.path, self.style)
-        batches = {name: place // batch_size for place, name in enumerate(names)}
-        torn = batches.get(records[-1][0]) if records else None
-        while torn is not None and records and batches.get(records[-1][0]) == torn:
+    def _keep_whole_batches(self, batches: Mapping[str, int]) -> None:
+        """Rewrite the file without its last batch; ``batches`` maps an image to its batch."""
+        records = read_records(self.path, self.style)
+        last = batches.get(records[-1][0]) if records else None
+        while last is not None and records and batches.get(records[-1][0]) == last:
             records.pop()
-        self.held = {name for name, _ in records}
-        with explain_os_errors(self.path):
-            os.truncate(self.path, records[-1][1] if records else header)
+        self.held = {image for image, _ in records}
+        kept = "".join(text for _, text in records)
+        with atomic_path(self.path) as temporary:
+            temporary.write_bytes((self.style.header + kept).encode())
+
+
+def read_records(path: Path, style: Style) -> list[tuple[str, str]]:
+    """Return image and text of each complete JSON line or CSV row; a torn last one is left out.
+
+    Raises:
+        CapGenError: the file holds something else, or cannot be read.
+    """
+    with explain_os_errors(path, "read"):
+        data = path.read_bytes()
+    try:
+        text = data[: data.rfind(b"\n") + 1].decode("utf-8")
+        if style.format == "jsonl":
+            lines = text.split("\n")[:-1]
+            records = [(json.loads(line)["image"], f"{line}\n") for line in lines]
+        else:
+            rows = list(csv.reader(io.StringIO(text, newline="")))
+            if rows and len(rows[-1]) < len(style.columns):  # torn inside a quoted field
+                rows.pop()
+            if rows[:1] not in ([], [style.columns]) or len(set(map(len, rows))) > 1:
+                raise ValueError("other columns")
+            records = [(row[0], csv_text([row])) for row in rows[1:]]
+        if not all(isinstance(image, str) for image, _ in records):
+            raise ValueError("an image is not named")
+    except (ValueError, TypeError, KeyError, RecursionError, csv.Error) as error:
+        raise CapGenError(f"{path} holds something other than captions", OTHER_FILE) from error
+    return records
 
 
 def settings_path(path: Path) -> Path:
-    """Return where it is written what made a file of captions."""
+    """Return the path of the settings beside a file of captions."""
     return path.with_name(f"{path.name}.settings.json")
 
 
-def _append(path: Path) -> TextIO:
-    return open(path, "a", encoding="utf-8", newline="")
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Compare the settings recorded beside a file with those of this run.
 
-
-def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    Raises:
+        CapGenError: they are missing or differ.
+    """
     beside = settings_path(path)
     if not beside.is_file():
-        raise CapGenError(
-            f"what made {path} is not known: there is no {beside.name} beside it", _ANOTHER
-        )
-    before, now = read_json(beside, _ANOTHER), json.loads(json.dumps(settings))
+        raise CapGenError(f"the settings of {path} are not known: no {beside.name}", OTHER_FILE)
+    before, now = read_json(beside, OTHER_FILE), json.loads(json.dumps(settings))
     before = before if isinstance(before, dict) else {}
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         raise CapGenError(
             f"{path} was made with other settings ({', '.join(changed)})",
-            f"caption as before, or {_ANOTHER}",
+            f"use the same settings, or {OTHER_FILE}",
         )
-
-
-def _records(path: Path, style: Style) -> tuple[int, list[tuple[str, int]]]:
-    """Return where the header ends, and of each whole record its image and the byte at which it
-    ends."""
-    header, found, end, held = 0, list[tuple[str, int]](), 0, b""
-    with explain_os_errors(path, "read"), open(path, "rb") as stream:
-        for line in stream:
-            held += line
-            if not line.endswith(b"\n") or (style.format == "csv" and held.count(b'"') % 2):
-                continue  # torn, or a line break within quotes
-            end += len(held)
-            if header or not style.header:
-                found.append((_image_of(held, style, path, end), end))
-            elif held != style.header.encode():
-                raise CapGenError(f"{path} does not begin with the columns of captions", _ANOTHER)
-            else:
-                header = end
-            held = b""
-    return header, found
-
-
-def _image_of(record: bytes, style: Style, path: Path, end: int) -> str:
-    try:
-        text = record.decode("utf-8")
-        image = (
-            next(csv.reader(io.StringIO(text, newline="")))[0]
-            if style.format == "csv"
-            else json.loads(text)["image"]
-        )
-        if isinstance(image, str):
-            return image
-    except (ValueError, TypeError, KeyError, IndexError, StopIteration, RecursionError, csv.Error):
-        pass
-    raise CapGenError(f"{path} holds something else than captions before byte {end}", _ANOTHER)
 
 
 class FailureFile:
-    """The images of a run that could not be captioned, one JSON object a line: image, problem,
-    remedy.
+    """The images that could not be captioned, one JSON object per line: image, problem, remedy.
 
     Args:
-        path: begun anew; ``None`` for no file.
+        path: started afresh; ``None`` for no file.
 
     Raises:
         CapGenError: the file holds something else, or cannot be written.
@@ -284,24 +258,22 @@ class FailureFile:
             return
         with explain_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            first = b""
             if os.path.lexists(path):
                 with open(path, "rb") as stream:
                     first = stream.readline(100_000)
-            if first and not (first.startswith(b'{"image": ') and b'"problem": ' in first):
-                raise CapGenError(f"{path} exists already, and is no list of failures", _ANOTHER)
+                if first and not (first.startswith(b'{"image": ') and b'"problem": ' in first):
+                    raise CapGenError(f"{path} exists and is not a list of failures", OTHER_FILE)
             path.write_bytes(b"")
 
     def write(self, failures: Sequence[tuple[Path, CapGenError]]) -> None:
         """Append the failures of one batch."""
-        rows = (
-            {"image": shown(path), "problem": shown(e.problem), "remedy": e.remedy}
-            for path, e in failures
-        )
         if self.path is None or not failures:
             return
-        with explain_os_errors(self.path), _append(self.path) as stream:
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with explain_os_errors(self.path), open(self.path, "a", encoding="utf-8") as stream:
+            for path, error in failures:
+                problem = {"problem": shown(error.problem), "remedy": error.remedy}
+                row = json.dumps({"image": shown(path)} | problem, ensure_ascii=False)
+                stream.write(f"{row}\n")
 
 
 # --- the run
@@ -315,33 +287,32 @@ def settings_of(
     temperatures: Sequence[float] | None = None,
     scorer: Path | None = None,
 ) -> dict[str, Any]:
-    """Return what the captions of a run hang on: format, bundle (its files' SHA-256), decoding, and
-    who chooses.
+    """Return everything that determines the captions of a run.
+
+    Returns:
+        Format, decoding, re-ranking, and a hash of the files of bundle and scorer.
 
     Raises:
         CapGenError: the decoding options are not possible.
     """
     decoding = with_options(captioner.decoding, **options)
-    chosen = (
-        {"scorer": scorer and _contents(scorer), "temperatures": temperatures} if rerank else None
-    )
+    reranking = {"scorer": scorer and hash_folder(scorer), "temperatures": temperatures}
     return {
         "version": VERSION,
         "format": style.format,
         "candidates": style.candidates,
-        "bundle": captioner.folder and _contents(captioner.folder),
+        "bundle": captioner.folder and hash_folder(captioner.folder),
         "features": captioner.features_dtype,
         "decoding": asdict(check_decoding(decoding, captioner.longest)),
-        "reranking": chosen,
+        "reranking": reranking if rerank else None,
     }
 
 
-def _contents(folder: Path) -> str:
+def hash_folder(folder: Path) -> str:
+    """Return a hash of the names and contents of all files in a folder."""
     with explain_os_errors(folder, "read"):
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return fingerprint(
-            {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
-        )
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return fingerprint({p.relative_to(folder).as_posix(): sha256_file(p) for p in files})
 
 
 def caption_batches(
@@ -354,15 +325,14 @@ def caption_batches(
     """Caption files batch by batch; nothing of a batch is kept when the next one begins.
 
     Args:
-        captioner: does the work.
-        paths: all images. Batches are cut from these, so a run that goes on computes the batches it
-            would have.
+        captioner: captions the images.
+        paths: all images. Batches are cut from these, so that a resumed run has the same batches.
         held: images that are captioned already, as ``shown`` writes them.
-        batch_size: images that go through the networks together.
-        asked: as ``Captioner.caption_each`` takes it.
+        batch_size: images per batch.
+        asked: options of ``Captioner.caption_each``.
 
     Yields:
-        Each file that was not captioned yet, with its caption or its error.
+        Each remaining file of a batch, with its caption or its error.
     """
     done = frozenset(held)
     for start in range(0, len(paths), batch_size):
@@ -379,9 +349,7 @@ def write_batch(
     Raises:
         CapGenError: a file cannot be written.
     """
-    said = "".join(
-        style.record(path, result) for path, result in batch if isinstance(result, Caption)
-    )
-    failures.write([(path, result) for path, result in batch if isinstance(result, CapGenError)])
-    output.write(said)
+    failures.write([(path, error) for path, error in batch if isinstance(error, CapGenError)])
+    captions = ((path, caption) for path, caption in batch if isinstance(caption, Caption))
+    output.write("".join(style.record(path, caption) for path, caption in captions))
     output.flush()

@@ -1,5 +1,4 @@
-"""The command ``capgen export``: a captioner as ONNX graphs, or as a folder for the Hugging Face
-hub."""
+"""The command ``capgen export``: ONNX graphs, a folder for the Hugging Face hub, or 8 bits."""
 
 import argparse
 from pathlib import Path
@@ -8,80 +7,75 @@ from typing import Any
 from capgen_utils.apps.cli.arguments import add_bundle_options, add_command
 from capgen_utils.common.files import CapGenError
 
-_FORMATS = ("onnx", "hub", "small")
-
 
 def add_export(commands: Any) -> None:
-    """Declare the command."""
+    """Declare ``capgen export``."""
     parser = add_command(
         commands,
         "export",
-        _export,
-        "Write a captioner as ONNX graphs that run without torch, for a model hub, or small.",
+        run_export,
+        "Export a captioner: as ONNX graphs that run without torch, for a model hub, or in 8 bits.",
     )
     add_bundle_options(parser)
     parser.add_argument(
         "--format",
-        choices=_FORMATS,
+        choices=("onnx", "hub", "small"),
         required=True,
-        help="onnx: three graphs for ONNX Runtime, compared with torch; hub: the bundle with a model card; "
-        "small: the bundle with 8 bits a weight",
+        help="onnx: three graphs for ONNX Runtime, checked against torch; "
+        "hub: the bundle with a model card; small: the bundle with 8 bits per weight",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="is replaced when it exists"
+        "--output", type=Path, required=True, metavar="FOLDER", help="replaced if it exists"
     )
     parser.add_argument(
         "--push",
         metavar="OWNER/NAME",
-        help="with --format hub: upload it there too (needs a token of the hub)",
+        help="with --format hub: also upload it (requires a token of the hub)",
     )
 
 
-def _export(options: argparse.Namespace) -> None:
+def run_export(options: argparse.Namespace) -> None:
+    """Export a bundle.
+
+    Raises:
+        CapGenError: the options contradict each other, or the export fails.
+    """
     from capgen_utils.captioner import DEFAULT_BUNDLE
 
-    bundle = options.bundle or DEFAULT_BUNDLE
+    bundle, output = options.bundle or DEFAULT_BUNDLE, options.output
     if options.push and options.format != "hub":
-        raise CapGenError("only a folder for the hub can be pushed", "ask for --format hub")
-    if options.output.exists() and not options.output.is_dir():
-        raise CapGenError(f"{options.output} is a file", "name a folder")
-    if options.output.absolute().is_relative_to(bundle.absolute()):
-        raise CapGenError(
-            f"{options.output} is, or lies in, the bundle itself", "name another folder"
+        raise CapGenError("--push works only with --format hub", "add --format hub")
+    if output.exists() and not output.is_dir():
+        raise CapGenError(f"{output} is a file", "name a folder")
+    if output.absolute().is_relative_to(bundle.absolute()):
+        raise CapGenError(f"{output} is the bundle itself or inside it", "name another folder")
+    if options.format == "onnx":
+        from capgen_utils.apps.export.onnx_graphs import export_onnx
+
+        for name, difference in export_onnx(bundle, output, options.encoder_weights).items():
+            print(f"  {name + '.onnx':14s} differs from torch by at most {difference:.2g}")
+        print(f"the exported captioner is in {output}")
+        print(f"next: capgen caption --onnx {output} IMAGE")
+    elif options.format == "hub":
+        export_for_hub(bundle, output, options.push)
+    else:
+        from capgen_utils.apps.export.small import write_small
+
+        write_small(bundle, output)
+        before, after = (
+            sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+            for folder in (bundle, output)
         )
-    {"onnx": _export_onnx, "hub": _export_hub, "small": _export_small}[options.format](
-        options, bundle
-    )
+        print(f"{before:.1f} MB of weights became {after:.1f} MB in {output}")
 
 
-def _export_onnx(options: argparse.Namespace, bundle: Path) -> None:
-    from capgen_utils.apps.export.onnx_graphs import export_onnx
-
-    differences = export_onnx(bundle, options.output, options.encoder_weights)
-    for name, difference in differences.items():
-        print(f"  {name + '.onnx':14s} differs from torch by at most {difference:.2g}")
-    print(
-        f"the exported captioner is in {options.output}; next: capgen caption --onnx {options.output} IMAGE"
-    )
-
-
-def _export_hub(options: argparse.Namespace, bundle: Path) -> None:
+def export_for_hub(bundle: Path, output: Path, name: str | None) -> None:
+    """Write the folder for the hub, and upload it if it has a name there."""
     from capgen_utils.apps.export.model_card import export_hub, push, require_pushable
 
-    if options.push:
-        require_pushable(options.push)  # before anything is written
-    export_hub(bundle, options.output)
-    print(f"the folder for the hub is {options.output}; read README.md in it before you publish it")
-    if options.push:
-        print(f"pushed to {push(options.output, options.push)}")
-
-
-def _export_small(options: argparse.Namespace, bundle: Path) -> None:
-    from capgen_utils.apps.export.small import write_small
-
-    write_small(bundle, options.output)
-    sizes = (
-        sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 1e6
-        for folder in (bundle, options.output)
-    )
-    print("{:.1f} MB of weights have become {:.1f} MB in {}".format(*sizes, options.output))
+    if name:
+        require_pushable(name)  # before anything is written
+    export_hub(bundle, output)
+    print(f"the folder for the hub is {output}; read README.md in it before you publish it")
+    if name:
+        print(f"pushed to {push(output, name)}")

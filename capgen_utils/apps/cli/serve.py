@@ -4,6 +4,8 @@ import argparse
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,42 @@ from capgen_utils.apps.cli.arguments import (
 from capgen_utils.common.files import CapGenError
 
 KEY_VARIABLE = "CAPGEN_API_KEY"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+# Option -> default, smallest and largest value, metavar, help.
+LIMITS: dict[str, tuple[float, float, float, str, str]] = {
+    "max_megabytes": (20.0, 0.01, 1000, "X", "largest request"),
+    "max_images": (8, 1, 1000, "N", "images per request"),
+    "max_megapixels": (25.0, 0.01, 100, "X", "largest image"),
+    "deadline": (30.0, 1, 3600, "SECONDS", "time per request"),
+    "queue": (64, 1, 100_000, "N", "images that may wait for the model"),
+    "batch": (16, 1, 1024, "N", "images that go through the model together"),
+    "wait_ms": (5.0, 0, 10_000, "X", "how long an image waits for others to share its batch"),
+}
+
+
+@contextmanager
+def serve_extra(command: str) -> Iterator[None]:
+    """Explain a failed import of the packages that only the extra ``serve`` installs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CapGenError(
+            f"capgen {command} needs the package {error.name}, which is not installed",
+            "run: pip install -e '.[serve]'",
+        ) from error
 
 
 def add_serve(commands: Any) -> None:
-    """Declare the command."""
+    """Declare ``capgen serve``."""
     parser = add_command(
-        commands, "serve", _serve, "Serve captioners over HTTP, with a page to try them."
+        commands, "serve", run_serve, "Serve captioners over HTTP, with a web page to try them."
     )
     parser.add_argument(
         "--bundle",
         action="append",
         metavar="[NAME=]FOLDER",
-        help="a trained captioner; several can be served, the first one is the default (default: the one that ships)",
+        help="a trained captioner; repeat for several, the first one is the default "
+        "(default: the one that ships)",
     )
     add_weights_option(parser)
     add_fp32_option(parser)
@@ -36,80 +61,59 @@ def add_serve(commands: Any) -> None:
         "--scorer",
         type=Path,
         metavar="FOLDER",
-        help="a CLIP that chooses captions (default: its own)",
+        help="a CLIP for re-ranking (default: the bundle's)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all of this machine's"
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every interface"
     )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    _add_protection(parser)
-    _add_limits(parser)
-
-
-def _add_protection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=8000, help="0 picks a free port")
     group = parser.add_argument_group("protection")
     group.add_argument(
-        "--api-key", metavar="KEY", help=f"ask for it (better: {KEY_VARIABLE}, which no list shows)"
+        "--api-key",
+        metavar="KEY",
+        help=f"key that clients must send (better: {KEY_VARIABLE}, which process lists hide)",
     )
     group.add_argument(
-        "--cors",
-        action="append",
-        metavar="ORIGIN",
-        help="let pages of this origin call the service",
+        "--cors", action="append", metavar="ORIGIN", help="allow web pages of this origin"
     )
     group.add_argument(
-        "--rate-limit", default="300/minute", metavar="N/TIME", help="for each address, or none"
+        "--rate-limit", default="300/minute", metavar="N/TIME", help="requests per address, or none"
     )
     group.add_argument(
         "--trusted-proxy",
         action="append",
         metavar="ADDRESS",
-        help="believe this proxy who the client is",
+        help="proxy whose forwarded client address is believed",
     )
-
-
-def _add_limits(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("limits")
-    group.add_argument(
-        "--max-megabytes", type=float, default=20, metavar="X", help="of one request"
-    )
-    group.add_argument("--max-images", type=int, default=8, metavar="N", help="of one request")
-    group.add_argument("--max-megapixels", type=float, default=25, metavar="X", help="of one image")
-    group.add_argument(
-        "--deadline", type=float, default=30, metavar="SECONDS", help="for one request"
-    )
-    group.add_argument(
-        "--queue", type=int, default=64, metavar="N", help="images that may wait for the model"
-    )
-    group.add_argument(
-        "--batch",
-        type=int,
-        default=16,
-        metavar="N",
-        help="images that go through the model together",
-    )
-    group.add_argument(
-        "--wait-ms", type=float, default=5, metavar="X", help="how long an image waits for company"
-    )
+    for name, (default, _, _, metavar, text) in LIMITS.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=type(default), default=default, metavar=metavar, help=text)
 
 
-def _serve(options: argparse.Namespace) -> int:
-    import uvicorn
+def run_serve(options: argparse.Namespace) -> int:
+    """Serve until Ctrl-C or SIGTERM.
 
-    from capgen_utils.apps.serve.app import create_app
-    from capgen_utils.apps.serve.served import Served
+    Raises:
+        CapGenError: an option is out of bounds, a bundle cannot be loaded, or the port is taken.
+    """
+    with serve_extra("serve"):
+        import uvicorn
 
-    limits, protection = _limits(options), _protection(options)
-    served = [
+        from capgen_utils.apps.serve.app import create_app
+        from capgen_utils.apps.serve.served import Served
+
+    limits, protection = read_limits(options), read_protection(options)
+    captioners = [
         Served.load(
             name, folder, options.device, options.encoder_weights, options.scorer, options.fp32
         )
-        for name, folder in _named(options.bundle)
+        for name, folder in name_bundles(options.bundle)
     ]
-    warnings.filterwarnings("ignore", module="PIL")  # about uploads, which are not logged
+    warnings.filterwarnings("ignore", module="PIL")  # they would quote uploads
     config = uvicorn.Config(
-        create_app(served, limits, protection),
+        create_app(captioners, limits, protection),
         options.host,
         options.port,
         log_level="warning",
@@ -123,80 +127,70 @@ def _serve(options: argparse.Namespace) -> int:
     )
     try:
         listening = config.bind_socket()
-        listening.listen(config.backlog)  # whoever reads the address below can connect at once
-    except (SystemExit, OSError) as stop:  # uvicorn has said why
+        listening.listen(config.backlog)  # a client can connect as soon as it reads the address
+    except (SystemExit, OSError) as stop:  # uvicorn has logged the reason
         raise CapGenError(
-            f"cannot listen at {options.host}:{options.port}", "choose another --port"
+            f"cannot listen on {options.host}:{options.port}", "choose another --port"
         ) from stop
-    port = listening.getsockname()[1]
     host = f"[{options.host}]" if ":" in options.host else options.host
-    print(
-        f"serving {', '.join(each.name for each in served)} at http://{host}:{port} (Ctrl-C ends it)",
-        flush=True,
-    )
+    address = f"http://{host}:{listening.getsockname()[1]}"
+    names = ", ".join(served.name for served in captioners)
+    print(f"serving {names} at {address} (Ctrl-C to stop)", flush=True)
     try:
         uvicorn.Server(config).run([listening])
-    except KeyboardInterrupt:  # what was accepted is finished by now
+    except KeyboardInterrupt:  # accepted requests have been answered
         return INTERRUPTED
     return 0
 
 
-def _named(given: list[str] | None) -> list[tuple[str, Path | None]]:
-    """Return name and folder of each bundle.
+def name_bundles(bundles: list[str] | None) -> list[tuple[str, Path | None]]:
+    """Return name and folder of each ``[NAME=]FOLDER``; ``None`` stands for the one that ships.
 
     Raises:
-        CapGenError: a name that is not possible, or one that comes twice.
+        CapGenError: a name is invalid or occurs twice.
     """
     from capgen_utils.captioner import DEFAULT_BUNDLE
 
-    if not given:
+    if not bundles:
         return [(DEFAULT_BUNDLE.name, None)]
-    found: dict[str, Path | None] = {}
-    for text in given:
-        before, equals, after = text.partition("=")
-        named = bool(equals) and not Path(text).exists()
-        folder = Path(after if named else text)
-        absolute = folder.absolute()
-        own = (
-            absolute.parent.name if absolute.name == "bundle" else absolute.name
-        )  # RUN/bundle is what training writes
-        name = before if named else own
-        if not _NAME.fullmatch(name):
+    folders: dict[str, Path | None] = {}
+    for text in bundles:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).exists():
+            folder, path = text, Path(text).absolute()
+            # Training writes RUN/bundle: the run names the captioner.
+            name = path.parent.name if path.name == "bundle" else path.name
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise CapGenError(
                 f"a captioner cannot be called {name!r}",
-                "letters, digits, dot, dash: --bundle NAME=FOLDER",
+                "use letters, digits, dots and dashes: --bundle NAME=FOLDER",
             )
-        if name in found:
+        if name in folders:
             raise CapGenError(
                 f"two captioners are called {name}", "name them: --bundle NAME=FOLDER"
             )
-        found[name] = folder
-    return list(found.items())
+        folders[name] = Path(folder)
+    return list(folders.items())
 
 
-def _limits(options: argparse.Namespace) -> Any:
+def read_limits(options: argparse.Namespace) -> Any:
+    """Return the service's ``Limits``.
+
+    Raises:
+        CapGenError: a value is out of bounds.
+    """
     from capgen_utils.apps.serve.protection import Limits
 
-    bounds = {
-        "max_megabytes": (0.01, 1000),
-        "max_images": (1, 1000),
-        "max_megapixels": (0.01, 100),
-        "deadline": (1, 3600),
-        "queue": (1, 100_000),
-        "batch": (1, 1024),
-        "wait_ms": (0, 10_000),
-    }
-    for name, (low, high) in bounds.items():
+    for name, (_, low, high, _, _) in LIMITS.items():
         value = getattr(options, name)
         if not low <= value <= high:
-            shown = name.replace("_", "-")
             raise CapGenError(
-                f"--{shown} {value:g} is not possible",
-                f"give {low:g} or more, and at most {high:g}",
+                f"--{name.replace('_', '-')} {value:g} is not possible",
+                f"use a value from {low:g} to {high:g}",
             )
     if options.queue < options.max_images:
         raise CapGenError(
-            "a request of --max-images would never fit into the queue", "give a longer --queue"
+            "a request of --max-images would never fit into the queue", "use a larger --queue"
         )
     body = int(options.max_megabytes * 1e6)
     return Limits(
@@ -211,7 +205,12 @@ def _limits(options: argparse.Namespace) -> Any:
     )
 
 
-def _protection(options: argparse.Namespace) -> Any:
+def read_protection(options: argparse.Namespace) -> Any:
+    """Return the service's ``Protection``.
+
+    Raises:
+        CapGenError: the rate limit is malformed.
+    """
     from capgen_utils.apps.serve.protection import Protection, parse_rate
 
     rate = None if options.rate_limit.strip().lower() in ("none", "off", "") else options.rate_limit

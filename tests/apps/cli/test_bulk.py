@@ -224,9 +224,9 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr(bulk, "write_batch", stop)
     code, _, err = run(capsys, *paths, "--bundle", bundle, "--output", tmp_path / "out.jsonl")
-    assert code == 130 and "with --resume" in err
+    assert code == 130 and "add --resume" in err
     code, _, err = run(capsys, *paths, "--bundle", bundle)
-    assert code == 130 and "no file to go on with" in err
+    assert code == 130 and "no file to continue" in err
 
 
 # --- memory

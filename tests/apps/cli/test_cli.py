@@ -437,17 +437,17 @@ def test_ctrl_c_says_that_the_run_goes_on(
     def stop(options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", stop)
+    monkeypatch.setattr(cli, "run_doctor", stop)
     code, _, err = run(capsys, "doctor")
-    assert code == 130 and "goes on where it was" in err
+    assert code == 130 and "to continue" in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_in_a_real_process_has_no_traceback(tmp_path: Path) -> None:
-    script = "import signal, sys, time; from capgen_utils import cli\n"
+    script = "import signal, sys, time; from capgen_utils.apps.cli import main as cli\n"
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job begins by ignoring it
     script += "def wait(options):\n    print('now', flush=True)\n    time.sleep(60)\n"
-    script += "cli._doctor = wait\nsys.exit(cli.main(['doctor']))"
+    script += "cli.run_doctor = wait\nsys.exit(cli.main(['doctor']))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -459,14 +459,14 @@ def test_ctrl_c_in_a_real_process_has_no_traceback(tmp_path: Path) -> None:
     assert process.stdout is not None and process.stdout.readline().strip() == "now"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in err and "goes on" in err
+    assert process.returncode == 130 and "Traceback" not in err and "to continue" in err
 
 
 def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(options: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_doctor", bug)
+    monkeypatch.setattr(cli, "run_doctor", bug)
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
@@ -477,5 +477,5 @@ def test_a_capgen_error_is_two_lines(
     def fail(options: Any) -> None:
         raise CapGenError("the cup is empty", "fill it")
 
-    monkeypatch.setattr(cli, "_doctor", fail)
+    monkeypatch.setattr(cli, "run_doctor", fail)
     assert run(capsys, "doctor") == (2, "", "capgen: the cup is empty\n  -> fill it\n")

@@ -809,15 +809,15 @@ def test_a_port_that_is_taken_a_bundle_that_is_none_and_odd_options_are_explaine
 
 
 def test_bundles_are_called_by_their_folder_unless_named() -> None:
-    from capgen_utils.apps.cli.serve import _named
+    from capgen_utils.apps.cli.serve import name_bundles
 
-    found = dict(_named(["runs/first/bundle/", "some/second", "third=some/where"]))
+    found = dict(name_bundles(["runs/first/bundle/", "some/second", "third=some/where"]))
     assert found == {
         "first": Path("runs/first/bundle"),
         "second": Path("some/second"),
         "third": Path("some/where"),
     }
-    assert _named(None) == [("flickr8k_transformer", None)]
+    assert name_bundles(None) == [("flickr8k_transformer", None)]
 
 
 def test_waiting_is_bounded_by_the_window() -> None:
