@@ -271,8 +271,33 @@ def test_only_what_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
         "jupyterlab",
     } & set(missing)
     canonical.pop("numpy")
-    with pytest.raises(CapGenError, match="no numpy"):
+    with pytest.raises(CapGenError, match="numpy not installed"):
         bootstrap.install_missing()
+
+
+def test_an_extra_is_installed_on_a_host_and_asked_for_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bootstrap.need("serve")
+    monkeypatch.setattr(bootstrap, "requirement_lines", lambda extra="": [f"no-{extra}>=1"])
+    with pytest.raises(CapGenError, match=r"not installed: no-serve>=1\n.*-e '\.\[serve\]'"):
+        bootstrap.need("serve")
+    monkeypatch.setenv(HOSTS[0], "1")
+    asked: list[str] = []
+    monkeypatch.setattr(bootstrap, "install_missing", asked.append)
+    bootstrap.need("serve")
+    assert asked == ["serve"]
+
+
+def test_the_requirements_of_an_extra_come_from_the_clone_or_the_metadata(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clone = {line.split(">=")[0] for line in requirement_lines("serve")}
+    assert "fastapi" in clone and "torch" not in clone
+    monkeypatch.setattr("capgen_utils.common.paths.REPOSITORY", tmp_path)
+    lines = ["torch>=2.4", 'uvicorn>=0.30; extra == "serve"', 'onnx>=1.17; extra == "onnx"']
+    monkeypatch.setattr(metadata, "requires", lambda _: lines)
+    assert requirement_lines("serve") == ["uvicorn>=0.30"] and requirement_lines() == ["torch>=2.4"]
 
 
 # --- which version the first cell clones
@@ -487,7 +512,7 @@ def test_on_a_host_what_was_there_keeps_its_version(hosted: dict[str, Path]) -> 
         "Colab: no GPU, float32; preset shapes" in done.stdout
         and "WARNING: no GPU is switched on" in done.stdout
     )
-    assert f"installing {len(added)} packages" in done.stdout
+    assert f"installing {len(added)} missing packages" in done.stdout
 
     again = run_first_cell(
         hosted, content, VERSIONS, GIT_CONFIG_VALUE_0="nowhere://", PIP_FIND_LINKS=""

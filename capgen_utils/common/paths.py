@@ -4,29 +4,28 @@ import os
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-if (
-    TYPE_CHECKING
-):  # functions import it themselves: what runs without torch reads configurations too
-    pass
-
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def requirement_lines() -> list[str]:
-    """Return the package's requirements as text: from the clone's file, else from the installed
-    metadata."""
-    listed = REPOSITORY / "requirements.txt"
-    if listed.is_file():
+def requirement_lines(extra: str = "") -> list[str]:
+    """Return the requirements of the package, or of one of its extras, such as ``serve``.
+
+    They come from the clone's files; without a clone, from the installed metadata.
+    """
+    project, listed = REPOSITORY / "pyproject.toml", REPOSITORY / "requirements.txt"
+    if extra and project.is_file():
+        extras = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        return list(extras["optional-dependencies"][extra])
+    if not extra and listed.is_file():
         lines = listed.read_text(encoding="utf-8").splitlines()
     else:
-        lines = [line for line in metadata.requires("capgen-utils") or [] if "extra ==" not in line]
+        marker = f'extra == "{extra}"' if extra else "extra =="
+        lines = [
+            line.split(";")[0]
+            for line in metadata.requires("capgen-utils") or []
+            if (marker in line) == bool(extra)
+        ]
     return [text for line in lines if (text := line.split("#")[0].strip())]
 
 
@@ -40,7 +39,8 @@ def repository_address() -> str:
     return next(line.split(", ", 1)[1] for line in listed if line.startswith("Repository, "))
 
 
-APART = "shipped-models"  # a data folder in the data folder, for what ships where it does not fit what was trained
+# Inside the data folder: shipped captioners whose encoder differs from the one trained here.
+APART = "shipped-models"
 
 
 def data_dir() -> Path:

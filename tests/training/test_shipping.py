@@ -318,9 +318,7 @@ def test_what_ships_lies_apart_where_another_encoder_was_trained(
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*") if path.is_file()}
     for _ in range(2):  # the cell may be run again
         bootstrap.announce("shapes", train=False)
-        assert (
-            f"another encoder; what ships lies apart, in {data / APART}" in capsys.readouterr().out
-        )
+        assert f"another encoder, are in {data / APART}" in capsys.readouterr().out
         assert data_dir() == data / APART and own_data_dir() == data
     assert (data_dir() / "runs" / "shapes_transformer" / "bundle" / "config.json").is_file()
     assert (
@@ -345,4 +343,4 @@ def test_what_does_not_ship_is_named(
 ) -> None:
     assert take_shipped(PRESETS["shapes"], tmp_path / "nothing") == [] and not data.exists()
     bootstrap.announce("folder", train=False)
-    assert "not among what ships for folder: show_tell" in capsys.readouterr().out
+    assert "no captioner ships for folder: show_tell" in capsys.readouterr().out
