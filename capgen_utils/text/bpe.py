@@ -1,9 +1,8 @@
-"""CLIP's and GPT-2's byte-level byte-pair tokenizers, with the published table or the part of it
-that captions use."""
+"""CLIP's and GPT-2's byte-level byte-pair tokenizers, whole or trimmed (notebooks 06 and 07)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import regex
 import tokenizers
@@ -21,23 +20,18 @@ from capgen_utils.text.bpe_tables import (
 from capgen_utils.text.ptb import join_words, tokenise
 from capgen_utils.text.words import Tokenizer
 
-T = TypeVar("T")
-GET_AGAIN = "the tokenizer file is damaged: get the bundle again"
-LONGEST = 256  # characters of a token; the longest published one has 128
+MAX_TOKEN_LENGTH = 256  # characters; the longest published token has 128
 PAD_BYTE = 0xFF
 _NO_TEXT = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that no UTF-8 text contains
 _CLIP_WORDS = tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
-
-# Spaces that stand between CLIP's tokens but not in a text: in "don 't"; and inside the words of
+# Spaces between CLIP's tokens that a text does not have: in "don 't", and inside the words of
 # ``tokenise``.
 _CONTRACTED = r"(?<=n)[ ](?='t(?:[ ]|$))"
 _GAPS = regex.compile(_CONTRACTED)
-
-
 _INNER_GAPS = regex.compile(
     rf"""{_CONTRACTED}
-      | [ ](?=[-/'.](?:[ ]|$)) | (?<=(?:^|[ ])[-/'])[ ]  # t-shirt, and/or, o'clock; the period of mr.
+      | [ ](?=[-/'.](?:[ ]|$)) | (?<=(?:^|[ ])[-/'])[ ]  # t-shirt, and/or, o'clock, mr.
       | (?<=\p{{N}})[ ](?=[,:][ ]\p{{N}}) | (?<=\p{{N}}[ ][.,:])[ ](?=\p{{N}})  # 1,000, 5.30
       | (?<=\p{{N}})[ ](?=\p{{N}}|(?:st|nd|rd|th|s)(?:[ ]|$))  # 22nd
       | (?<=(?:^|[ ])\p{{L}}[ ]\.)[ ](?=\p{{L}}(?:[ ]|$))  # u.s
@@ -48,27 +42,24 @@ _INNER_GAPS = regex.compile(
 
 
 class BpeTokenizer(Tokenizer):
-    """A published byte-pair table, or the rows of it that the training captions use.
+    """A published byte-pair table, or the part of it that the training captions use.
 
     The special tokens are the published ones. Padding is the token of the byte 0xFF, which no UTF-8
-    text contains: an id of its own without a row that the published embeddings lack. Kept are at
-    least the specials and all tokens
-    of one byte, so any text can be encoded: a token that was not kept is undone into the two tokens
-    that it was merged from, and so on, down to single bytes where need be.
+    text contains, so that it has a row of its own in the published embeddings. The special tokens
+    and the tokens of single bytes are always kept, so any text can be encoded: a token that was
+    not kept is split into the two tokens that it was merged from, and so on.
 
     Args:
         family: ``clip`` or ``gpt2``.
         tokens: the kept tokens in the order of their published ids, written in byte symbols.
         original_ids: their published ids, rising.
-        merges: by rank, those that lead to a kept token, each of which has exactly one.
-        clean: encode the words of ``tokenise`` rather than the text as it is.
+        merges: by rank, those that lead to a kept token; each of these has exactly one.
+        clean: encode the words of ``tokenise`` rather than the raw text.
 
     Attributes:
-        family: ``clip`` or ``gpt2``.
-        clean: see above.
+        family, clean, merges: see above.
         tokens: see above; a model has one row for each.
-        original_ids: row -> published id, which is what published embedding rows are copied by.
-        merges: see above.
+        original_ids: row -> published id, by which rows of published embeddings are copied.
 
     Raises:
         CapGenError: the values do not fit together.
@@ -84,61 +75,50 @@ class BpeTokenizer(Tokenizer):
         merges: Sequence[Merge],
         clean: bool = True,
     ) -> None:
-        self._family = find_family(family)
-        _check_tokens(self._family, tokens, original_ids)
-        _check_merges(self._family, tokens, original_ids, merges)
-        self.family, self.clean = self._family.name, clean
+        table = find_family(family)
+        _check_tokens(table, tokens, original_ids)
+        _check_merges(table, tokens, merges)
+        self._table, self.family, self.clean = table, family, clean
         self.tokens, self.original_ids, self.merges = list(tokens), list(original_ids), list(merges)
         rows = {token: row for row, token in enumerate(tokens)}
-        self.start_id, self.end_id = rows[self._family.start], rows[self._family.end]
-        self.pad_id = rows[byte_symbols()[PAD_BYTE]]
-        banned = {
-            rows[byte_symbols()[byte] + end]
-            for byte in _NO_TEXT
-            for end in ("", self._family.suffix)
-        }
+        symbols = byte_symbols()
+        self.start_id, self.end_id = rows[table.start], rows[table.end]
+        self.pad_id = rows[symbols[PAD_BYTE]]
+        banned = {rows[symbols[byte] + end] for byte in _NO_TEXT for end in ("", table.suffix)}
         banned |= {self.pad_id, self.start_id} - {self.end_id}
         self.banned_ids = tuple(sorted(banned))
-        self._undone = _undo(rows, merges)
-        self._bpe = _build(self._family, rows, merges, list(self._undone))
-        self._content = _content(self._family, tokens)
+        self._split = _split_tokens(rows, merges)
+        self._bpe = _library_tokenizer(table, rows, merges, self._split)
+        byte_of = {symbol: byte for byte, symbol in symbols.items()}
+        texts = ["" if t in table.specials else t.removesuffix(table.suffix) for t in tokens]
+        self._bytes = [bytes(byte_of[symbol] for symbol in text) for text in texts]
 
     @classmethod
-    def full(
-        cls, family: str, source: str | Path | None = None, clean: bool = True
-    ) -> "BpeTokenizer":
+    def full(cls, family: str, folder: Path | None = None, clean: bool = True) -> "BpeTokenizer":
         """Return the whole published table: 49,408 tokens for ``clip``, 50,257 for ``gpt2``.
 
         Args:
             family: ``clip`` or ``gpt2``.
-            source: a folder or file, or the name of a hub model; see ``bpe_files.load_merges``.
+            folder: a model whose table must be the published one; see ``bpe_tables.load_merges``.
             clean: see ``BpeTokenizer``.
 
         Raises:
-            CapGenError: the table cannot be had, or is not the published one.
+            CapGenError: there is no such family, or the folder holds another table.
         """
-        found = find_family(family)
-        merges = load_merges(found, source)
-        return cls(family, published_tokens(found, merges), range(found.size), merges, clean)
+        table = find_family(family)
+        merges = load_merges(table, folder)
+        return cls(family, published_tokens(table, merges), range(table.size), merges, clean)
 
     @classmethod
-    def fit(
-        cls,
-        captions: Iterable[str],
-        family: str,
-        source: str | Path | None = None,
-        clean: bool = True,
-    ) -> "BpeTokenizer":
-        """Return the part of the published table that the training captions use; see ``full`` and
-        ``trimmed``."""
-        return cls.full(family, source, clean).trimmed(captions)
+    def fit(cls, captions: Iterable[str], family: str, clean: bool = True) -> "BpeTokenizer":
+        """Return the part of the published table that the captions use; see ``trimmed``."""
+        return cls.full(family, clean=clean).trimmed(captions)
 
     def trimmed(self, captions: Iterable[str]) -> "BpeTokenizer":
-        """Keep the tokens that occur in ``captions``, the specials and the single bytes, in the
-        order of their ids.
+        """Keep the tokens that occur in ``captions``, the special tokens and the single bytes.
 
-        The captions are encoded into the same tokens as before. Other text may be cut into smaller
-        ones.
+        The order of the ids stays. The captions are encoded into the same tokens as before; other
+        text may be split into smaller ones.
 
         Raises:
             CapGenError: the captions hold no text.
@@ -149,90 +129,84 @@ class BpeTokenizer(Tokenizer):
                 "the training captions hold no text",
                 "check that the captions file is the right one",
             )
-        rows = sorted({*used, *range(len(self._family.singles)), self.start_id, self.end_id})
+        rows = sorted({*used, *range(len(self._table.singles)), self.start_id, self.end_id})
         tokens = [self.tokens[row] for row in rows]
         ids = [self.original_ids[row] for row in rows]
         return BpeTokenizer(self.family, tokens, ids, _needed(tokens, self.merges), self.clean)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "BpeTokenizer":
-        """Rebuild a tokenizer from ``to_json``; nothing else is needed, neither hub nor package.
+        """Rebuild a tokenizer from ``to_json`` alone.
 
         Raises:
             CapGenError: wrong types, or values that do not fit together.
         """
-        tokens, ids, merges = value.get("tokens"), value.get("original_ids"), value.get("merges")
-        if not (_is_list(tokens, str) and _is_list(ids, int) and _is_list(merges, str)):
-            raise _refuse("tokens, original_ids or merges are missing, or of the wrong type")
+        kinds = {"tokens": str, "original_ids": int, "merges": str}
+        for key, kind in kinds.items():
+            items = value.get(key)
+            # ``True`` is an int for isinstance
+            if not isinstance(items, list) or any(type(item) is not kind for item in items):
+                raise _refuse(f"{key} is missing, or of the wrong type")
         if not isinstance(value.get("clean"), bool) or not isinstance(value.get("family"), str):
             raise _refuse("family or clean are missing, or of the wrong type")
-        return cls(value["family"], tokens, ids, [_pair(line) for line in merges], value["clean"])
+        merges = [line.split(" ") for line in value["merges"]]
+        if any(len(merge) != 2 for merge in merges):
+            raise _refuse("a merge does not have two parts")
+        pairs = [(first, second) for first, second in merges]
+        return cls(value["family"], value["tokens"], value["original_ids"], pairs, value["clean"])
 
     def __len__(self) -> int:
         """Return the number of kept tokens, special ones included."""
         return len(self.tokens)
 
     def normalise(self, caption: str) -> str:
-        """Return what is encoded of ``caption``: its words where ``clean``; CLIP lower-cases and
-        composes (NFC)."""
+        """Return the text that is encoded: words if ``clean``; for CLIP lower-case and NFC."""
         text = self._text(caption)
         return self._bpe.normalizer.normalize_str(text) if self._bpe.normalizer else text
 
     def _text(self, caption: str) -> str:
-        text = caption.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
+        text = caption.encode("utf-8", "replace").decode()  # a lone surrogate is not text
         return join_words(tokenise(text)) if self.clean else text
 
     def encode(self, caption: str, max_length: int | None = None) -> list[int]:
         """See ``Tokenizer.encode``; a longer caption loses tokens, so its last word may be cut."""
         rows: list[int] = []
         for i in self._bpe.encode(self._text(caption), add_special_tokens=False).ids:
-            if i < len(self.tokens):
-                rows.append(i)
-            else:
-                rows += self._undone[i]
+            rows += self._split.get(i, [i])
         if max_length is not None:
             rows = rows[: max(max_length - 2, 0)]
         return [self.start_id, *rows, self.end_id]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See ``Tokenizer.decode``; a start token that stands first is passed over, also where it
-        equals the end.
+        """See ``Tokenizer.decode``; a leading start token is skipped, even if it equals the end.
 
-        Bytes that are no UTF-8 become U+FFFD. GPT-2: text that was encoded comes back, but for
-        outer spaces. CLIP's
-        tokens do not say what was written together: contractions are attached again and, where
-            ``clean``, the
-        digits of numbers and the marks inside words; all else stands between spaces.
+        Bytes that are not UTF-8 become U+FFFD. GPT-2's tokens give the encoded text back, except
+        outer spaces. CLIP's tokens do not say what was written together: contractions are joined
+        again and, if ``clean``, the digits of numbers and the marks inside words; the rest is
+        separated by spaces.
         """
-        words, word = [], b""
-        for row in self._text_rows(ids):
-            content, ends = self._content[row]
-            word += content
-            if ends:
-                words.append(word.decode("utf-8", "replace"))
-                word = b""
-        rest = word.decode("utf-8", "replace")
-        if not self._family.suffix:
-            return rest.strip()
-        gaps = _INNER_GAPS if self.clean else _GAPS
-        return join_words(gaps.sub("", " ".join([*words, rest] if rest else words)).split(" "))
-
-    def _text_rows(self, ids: Iterable[int]) -> list[int]:
         rows = [row for row in map(int, ids) if row != self.pad_id]
         if rows and rows[0] == self.start_id:
             rows = rows[1:]
         if self.end_id in rows:
             rows = rows[: rows.index(self.end_id)]
-        return [row for row in rows if row != self.start_id]
+        suffix, words, word = self._table.suffix, [], b""
+        for row in rows:
+            word += self._bytes[row]
+            if suffix and self.tokens[row].endswith(suffix):
+                words.append(word.decode("utf-8", "replace"))
+                word = b""
+        rest = word.decode("utf-8", "replace")
+        if not suffix:
+            return rest.strip()
+        gaps = _INNER_GAPS if self.clean else _GAPS
+        return join_words(gaps.sub("", " ".join([*words, rest] if rest else words)).split(" "))
 
     def words(self, ids: Iterable[int]) -> list[str]:
-        """See ``Tokenizer.words``; a byte that is only part of a character is written as ``\\xe7``."""
+        """See ``Tokenizer.words``; an incomplete character is written as bytes, ``\\xe7``."""
         specials = (self.pad_id, self.start_id, self.end_id)
-        texts = (
-            self._content[row][0].decode("utf-8", "backslashreplace")
-            for row in ids
-            if row not in specials
-        )
+        kept = [self._bytes[row] for row in ids if row not in specials]
+        texts = [content.decode("utf-8", "backslashreplace") for content in kept]
         return [text.strip() or text for text in texts]
 
     def to_json(self) -> dict[str, Any]:
@@ -253,9 +227,8 @@ class BpeTokenizer(Tokenizer):
 def _needed(tokens: Iterable[str], merges: Sequence[Merge]) -> list[Merge]:
     """Return the merges that lead to ``tokens``, by rank.
 
-    Each token has one merge, and its parts have lower ranks. So every merge that is applied to a
-    text of these tokens is among them, and leaving out the others, which are not applied to it,
-    changes nothing.
+    Each token has one merge, whose parts have lower ranks. So every merge that is applied to a text
+    of these tokens is among them, and leaving out the others changes nothing.
     """
     wanted, needed = set(tokens), []
     for first, second in reversed(merges):
@@ -265,26 +238,27 @@ def _needed(tokens: Iterable[str], merges: Sequence[Merge]) -> list[Merge]:
     return needed[::-1]
 
 
-def _undo(rows: Mapping[str, int], merges: Iterable[Merge]) -> dict[int, list[int]]:
-    """Number the tokens that merges pass through but that were not kept, and say which rows stand
-    for each."""
+def _split_tokens(rows: Mapping[str, int], merges: Iterable[Merge]) -> dict[int, list[int]]:
+    """Return the rows that replace each token that merges pass through but that was not kept.
+
+    Their ids follow the rows, in the order of the merges.
+    """
     parts = {token: [row] for token, row in rows.items()}
-    undone: dict[int, list[int]] = {}
+    split: dict[int, list[int]] = {}
     for first, second in merges:
         if first + second not in parts:
             parts[first + second] = parts[first] + parts[second]
-            undone[len(rows) + len(undone)] = parts[first + second]
-    return undone
+            split[len(rows) + len(split)] = parts[first + second]
+    return split
 
 
-def _build(
-    family: Family, rows: Mapping[str, int], merges: Sequence[Merge], numbers: Sequence[int]
+def _library_tokenizer(
+    family: Family, rows: Mapping[str, int], merges: Sequence[Merge], split: Iterable[int]
 ) -> tokenizers.Tokenizer:
-    """Return the library's tokenizer; special tokens are none of its business, so no caption can
-    spell one."""
+    """Return the library's tokenizer; it lacks the special tokens, so no caption can spell one."""
     passing = (token for token in map("".join, merges) if token not in rows)
     vocabulary = {token: row for token, row in rows.items() if token not in family.specials}
-    vocabulary |= dict(zip(passing, numbers, strict=True))
+    vocabulary |= dict(zip(passing, split, strict=True))
     built = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=list(merges), end_of_word_suffix=family.suffix)
     )
@@ -294,79 +268,53 @@ def _build(
     space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     built.normalizer = normalizers.Sequence([normalizers.NFC(), space, normalizers.Lowercase()])
     words = pre_tokenizers.Split(_CLIP_WORDS, "removed", invert=True)
-    built.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     return built
 
 
-def _content(family: Family, tokens: Iterable[str]) -> list[tuple[bytes, bool]]:
-    """Return for each row its bytes, and whether a word ends with it."""
-    byte_of = {symbol: byte for byte, symbol in byte_symbols().items()}
-    content = []
-    for token in tokens:
-        ends = bool(family.suffix) and token.endswith(family.suffix)
-        text = "" if token in family.specials else token.removesuffix(family.suffix)
-        content.append((bytes(byte_of[symbol] for symbol in text), ends))
-    return content
-
-
-# --- values from a file
-
-
-def _is_list(value: Any, kind: type[T]) -> TypeGuard[list[T]]:
-    return isinstance(value, list) and all(
-        type(item) is kind for item in value
-    )  # True is no int here
-
-
-def _pair(line: str) -> Merge:
-    first, space, second = line.partition(" ")
-    if not space or " " in second:
-        raise _refuse(f"the merge {line[:LONGEST]!r} is not of two tokens")
-    return first, second
+# --- checks of values from a file
 
 
 def _refuse(problem: str) -> CapGenError:
-    return CapGenError(f"this is no byte-pair tokenizer: {problem}", GET_AGAIN)
+    return CapGenError(
+        f"this is no byte-pair tokenizer: {problem}",
+        "the tokenizer file is damaged: get the bundle again",
+    )
 
 
 def _check_tokens(family: Family, tokens: Sequence[str], ids: Sequence[int]) -> None:
-    """Refuse tokens that are not a part of the published table with its single bytes and specials."""
+    """Refuse tokens other than the single bytes, some merged tokens, and the special tokens."""
     if len(tokens) != len(ids) or len(tokens) > family.size:
         raise _refuse(f"{len(tokens)} tokens and {len(ids)} ids, of at most {family.size}")
-    if len(set(tokens)) != len(tokens) or max(map(len, tokens), default=0) > LONGEST:
-        raise _refuse("a token stands twice, or is longer than any")
-    singles, specials = family.singles, family.specials
-    published = [*range(len(singles)), *range(family.size - len(specials), family.size)]
-    own = [*range(len(singles)), *range(len(tokens) - len(specials), len(tokens))]
-    if len(tokens) < len(own) or [(tokens[row], ids[row]) for row in own] != list(
-        zip([*singles, *specials], published, strict=True)
+    longest = max(map(len, tokens), default=0)
+    if len(set(tokens)) != len(tokens) or longest > MAX_TOKEN_LENGTH:
+        raise _refuse("a token occurs twice, or is too long")
+    first, last = len(family.singles), len(family.specials)
+    published = [*range(first), *range(family.size - last, family.size)]
+    if len(tokens) < first + last or (
+        [*tokens[:first], *tokens[-last:]] != [*family.singles, *family.specials]
+        or [*ids[:first], *ids[-last:]] != published
     ):
         raise _refuse("special tokens or single bytes are missing or misplaced")
-    if any(first >= second for first, second in zip(ids, ids[1:], strict=False)):
+    if any(low >= high for low, high in zip(ids, ids[1:], strict=False)):
         raise _refuse("the published ids do not rise")
 
 
-def _check_merges(
-    family: Family, tokens: Sequence[str], ids: Sequence[int], merges: Sequence[Merge]
-) -> None:
-    """Refuse merges that do not build exactly the tokens, each once, from parts that are there
-    before it."""
+def _check_merges(family: Family, tokens: Sequence[str], merges: Sequence[Merge]) -> None:
+    """Refuse merges that do not build exactly the tokens, each once, from known parts."""
     if len(merges) > family.merges:
         raise _refuse(f"{len(merges)} merges, of at most {family.merges}")
     known = set(family.singles)
     for first, second in merges:
         if first not in known or second not in known:
             raise _refuse(f"the merge {first!r} {second!r} uses an unknown token")
-        if first + second in known or len(first + second) > LONGEST:
-            raise _refuse(
-                f"the merge {first!r} {second!r} builds a token twice, or one longer than any"
-            )
+        if first + second in known or len(first + second) > MAX_TOKEN_LENGTH:
+            raise _refuse(f"the merge {first!r} {second!r} builds a token twice, or a too long one")
         known.add(first + second)
     built = tokens[len(family.singles) : len(tokens) - len(family.specials)]
-    if set(built) - known or len(_needed(built, merges)) != len(merges):
-        raise _refuse("merges are missing, or lead to no token")
     kept = set(built)
+    if kept - known or len(_needed(built, merges)) != len(merges):
+        raise _refuse("merges are missing, or lead to no token")
     if [token for token in map("".join, merges) if token in kept] != list(built):
         raise _refuse("merges and tokens are in different orders")

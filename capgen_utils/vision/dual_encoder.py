@@ -117,7 +117,7 @@ class DualEncoder(nn.Module):
         clip = load_pretrained(CLIPModel, source, CLIP_REMEDY)
         if tokenizer is None:
             has_table = (Path(source) / "merges.txt").is_file()
-            tokenizer = BpeTokenizer.full("clip", source if has_table else None, clean=False)
+            tokenizer = BpeTokenizer.full("clip", Path(source) if has_table else None, clean=False)
         if clip.config.text_config.vocab_size != len(tokenizer):
             raise CapGenError(
                 f"{source} reads {clip.config.text_config.vocab_size} tokens, and there are {len(tokenizer)}",

