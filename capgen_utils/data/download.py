@@ -52,7 +52,7 @@ class _Downloader(pooch.HTTPDownloader):  # type: ignore[misc]
         try:
             return super().__call__(url, *arguments, **options)
         except requests.HTTPError as error:
-            status = error.response.status_code
+            status = getattr(error.response, "status_code", 500)
             if status == 429 or status >= 500:
                 raise
             raise CapGenError(
