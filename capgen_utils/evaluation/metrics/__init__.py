@@ -1,4 +1,4 @@
-"""Scores of generated captions, how sure they are, and what they hide."""
+"""Scores of generated captions, their intervals, and what they hide. Notebook 09 teaches it."""
 
 from capgen_utils.evaluation.metrics.clipscore import clip_score, ref_clip_score
 from capgen_utils.evaluation.metrics.diagnosis import (
@@ -43,42 +43,3 @@ from capgen_utils.evaluation.metrics.scores import (
     rouge_l,
     score,
 )
-
-__all__ = [
-    "BLEU_PROTOCOL",
-    "PROTOCOLS",
-    "TOKENISATION",
-    "Difference",
-    "Finding",
-    "Interval",
-    "Meteor",
-    "MeteorJava",
-    "Statistics",
-    "Summed",
-    "agreement",
-    "agreement_table",
-    "bleu",
-    "cider",
-    "cider_d",
-    "clip_score",
-    "diagnose",
-    "diversity",
-    "find_wordnet",
-    "has_meteor_java",
-    "intervals",
-    "judged_pairs",
-    "labels",
-    "load_captions",
-    "load_references",
-    "mean_interval",
-    "meteor_java",
-    "meteor_nltk",
-    "mutual_bleu",
-    "originality",
-    "paired_bootstrap",
-    "read_judgements",
-    "ref_clip_score",
-    "rouge_l",
-    "score",
-    "score_with_intervals",
-]

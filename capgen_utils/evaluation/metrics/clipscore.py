@@ -1,11 +1,11 @@
-"""CLIPScore and RefCLIPScore on given embeddings (Hessel et al. 2021, arXiv 2104.08718).
+"""CLIPScore and RefCLIPScore of embeddings (Hessel et al. 2021, arXiv 2104.08718).
 
     CLIPScore(c, v)       = 2.5 max(cos(c, v), 0)
-    RefCLIPScore(c, R, v) = harmonic mean of CLIPScore(c, v) and max over r in R of max(cos(c, r),
-    0)
+    RefCLIPScore(c, R, v) = harmonic mean of CLIPScore(c, v) and max(0, max over r in R cos(c, r))
 
-The paper embeds "A photo depicts " + caption with CLIP ViT-B/32; with another dual encoder, or
-without the prefix, name both beside the number, which then compares with no published one.
+The paper embeds "A photo depicts " + caption with CLIP ViT-B/32. With another dual encoder, or
+without the prefix, state both beside the number: it cannot be compared with published ones.
+Notebook 09 teaches it.
 """
 
 from collections.abc import Sequence
@@ -55,34 +55,27 @@ def ref_clip_score(
     Raises:
         CapGenError: the shapes do not fit, or an embedding is zero or not finite.
     """
-    with_image = clip_score(images, captions)
-    if len(references) != len(with_image) or any(
-        np.shape(each)[1:] != np.shape(images)[1:] for each in references
-    ):
+    with_image = clip_score(images, captions)  # (N,)
+    shape = np.shape(images)
+    if len(references) != shape[0] or any(np.shape(r)[1:] != shape[1:] for r in references):
         raise CapGenError(
-            f"the embeddings of {len(references)} images' references do not fit those of {len(with_image)} captions",
+            f"the embeddings of {len(references)} images' references do not fit those of "
+            f"{shape[0]} captions",
             "give for each image an array (references, size) from the same dual encoder",
         )
-    unit = _unit(captions)
-    closest = [
-        max(0.0, float((_unit(each) @ caption).max()))
-        for each, caption in zip(references, unit, strict=True)
-    ]
-    with_references = 100 * np.array(closest)
+    pairs = zip(references, _unit(captions), strict=True)
+    closest = [max(0.0, float((_unit(texts) @ caption).max())) for texts, caption in pairs]
+    with_references = 100 * np.array(closest)  # (N,)
     total = with_image + with_references
-    return np.divide(
-        2 * with_image * with_references, total, out=np.zeros(len(total)), where=total > 0
-    )
+    both = 2 * with_image * with_references
+    return np.divide(both, total, out=np.zeros(len(total)), where=total > 0)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     """Return vectors (N, E) with length 1."""
     array = np.asarray(vectors, dtype=np.float64)
-    norms = (
-        np.linalg.norm(array, axis=-1, keepdims=True)
-        if array.ndim == 2 and array.size
-        else np.zeros(1)
-    )
+    usable = array.ndim == 2 and array.size
+    norms = np.linalg.norm(array, axis=-1, keepdims=True) if usable else np.zeros(1)  # (N, 1)
     if not np.isfinite(norms).all() or not (norms > 0).all():
         raise CapGenError(
             "an embedding is missing, zero or not finite",

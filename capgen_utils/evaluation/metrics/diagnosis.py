@@ -1,53 +1,42 @@
-"""What is wrong with a system's captions, by name: collapse, truncation, looping, copying."""
+"""Faults of a system's captions by name, their diversity and their originality. See notebook 09."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from capgen_utils.common.files import CapGenError
-from capgen_utils.evaluation.metrics.formats import FEWEST, REPEATED, most_repeated
+from capgen_utils.evaluation.metrics.formats import REPEATED, repeated_caption
 from capgen_utils.evaluation.metrics.ngrams import ORDERS
 from capgen_utils.evaluation.metrics.scores import bleu
 from capgen_utils.text.ptb import tokenise
 
-CUT = 0.03  # share of captions without an end above which they count as truncated
+# Shares of the captions above which a fault is reported.
+CUT = 0.03
 LOOPING = 0.02
 COPIED = 0.5
-USUAL = 2.0  # times what people copy, unknowingly, where there are few ways to say a thing
-
-
-# No caption ends with one of these; people's do once in a thousand.
-_NEVER_LAST = {
-    "a",
-    "an",
-    "the",
-    "of",
-    "with",
-    "and",
-    "or",
-    "but",
-    "from",
-    "his",
-    "her",
-    "their",
-    "its",
-    "is",
-    "are",
-    "into",
-    "to",
-    "at",
-    "by",
-    "as",
+USUAL = 2.0  # or this many times the share of human captions that equal a training caption
+# No caption ends with one of these; human captions do once in a thousand.
+_NEVER_LAST = frozenset(
+    ("a", "an", "the", "of", "with", "and", "or", "but", "from", "his", "her", "their", "its")
+    + ("is", "are", "into", "to", "at", "by", "as")
+)
+_REMEDIES = {
+    "collapse": "the captioner does not see its images: compare its preprocessing in training and "
+    "now, and the scores of the same captions on the wrong images; or it was trained too short",
+    "truncation": "raise the maximum length; if the end token never comes, "
+    "check whether the loss leaves it out",
+    "looping": "forbid repeated n-grams while decoding, or train longer",
+    "copying": "the captioner recites: train it shorter, on more captions, or with more dropout",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One fault.
 
     Attributes:
         name: ``collapse``, ``truncation``, ``looping`` or ``copying``.
         share: of the captions, in percent.
-        text: what was seen, with an example.
+        text: what was observed, with an example.
         remedy: where the cause usually lies.
     """
 
@@ -63,105 +52,63 @@ def diagnose(
     training: Iterable[str] | None = None,
     references: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Finding]:
-    """Name what is wrong with captions.
+    """Return the faults that concern too many captions; empty if all is well.
 
     Args:
         captions: image -> generated caption.
-        ended: image -> whether the caption came to its end token; without it, captions that stop at
-            a word that ends no sentence ("a", "with") are taken for cut off.
-        training: every training caption; without them copying is not looked for.
-        references: human captions of the same images: up to twice as many training captions as
-            among those are no fault.
-
-    Returns:
-        One finding for each thing that concerns too many captions; empty if all is well.
+        ended: image -> whether the caption reached its end token; without it, captions whose last
+            word cannot end a sentence ("a", "with") count as cut off.
+        training: every training caption; without them copying is not checked.
+        references: human captions of the same images: up to twice their share of training captions
+            is not a fault.
     """
     words = {image: tokenise(caption) for image, caption in captions.items()}
-    found = [_collapse(captions), _truncation(words, ended), _looping(words)]
-    if training is not None:
-        found.append(
-            _copying(
-                words, training, [text for each in (references or {}).values() for text in each]
-            )
-        )
-    return [finding for finding in found if finding is not None]
-
-
-def _collapse(captions: Mapping[str, str]) -> Finding | None:
-    caption, count = most_repeated(captions)
-    if count < FEWEST or count <= REPEATED * len(captions):
-        return None
-    return Finding(
-        "collapse",
-        100 * count / len(captions),
-        f"{caption[:80]!r} is said of {count:,} of {len(captions):,} images",
-        "the captioner does not see its images: compare its preprocessing in training and now, and the scores of the "
-        "same captions on the wrong images; or it was trained too short",
-    )
-
-
-def _truncation(
-    words: Mapping[str, Sequence[str]], ended: Mapping[str, bool] | None
-) -> Finding | None:
+    repeated, repeats = repeated_caption(captions)
+    same = [caption for caption in words.values() if repeats and " ".join(caption) == repeated]
+    loops = [caption for caption in words.values() if _loops(caption)]
     if ended is None:
-        cut = [image for image, caption in words.items() if caption and caption[-1] in _NEVER_LAST]
+        cut = [caption for caption in words.values() if caption and caption[-1] in _NEVER_LAST]
     else:
-        cut = [image for image in words if not ended.get(image, True)]
-    if len(cut) <= CUT * len(words):
-        return None
-    return Finding(
-        "truncation",
-        100 * len(cut) / len(words),
-        f"{len(cut):,} of {len(words):,} captions stop before their end: {_shown(words[cut[0]])}",
-        "let decoding write more words; if the end token never comes, look whether the loss leaves it out",
+        cut = [caption for image, caption in words.items() if not ended.get(image, True)]
+    faults = {  # name -> the highest tolerated share, faulty captions, description
+        "collapse": (REPEATED, same, "are the same"),
+        "truncation": (CUT, cut, "stop before their end"),
+        "looping": (LOOPING, loops, "repeat words immediately"),
+    }
+    if training is not None:
+        known = {tuple(tokenise(caption)) for caption in training}
+        copied = [caption for caption in words.values() if tuple(caption) in known]
+        human = [tuple(tokenise(text)) for texts in (references or {}).values() for text in texts]
+        usual = sum(caption in known for caption in human) / max(1, len(human))
+        limit = max(COPIED, USUAL * usual)
+        faults["copying"] = (limit, copied, "are training captions, word for word")
+    total = len(words)
+    return [
+        Finding(
+            name,
+            100 * len(faulty) / total,
+            f"{len(faulty):,} of {total:,} captions {what}: {' '.join(faulty[0])[:80]!r}",
+            _REMEDIES[name],
+        )
+        for name, (limit, faulty, what) in faults.items()
+        if len(faulty) > limit * total
+    ]
+
+
+def _loops(caption: Sequence[str]) -> bool:
+    """Whether one to four words are repeated immediately anywhere in a caption."""
+    return any(
+        caption[i : i + n] == caption[i + n : i + 2 * n]
+        for n in ORDERS
+        for i in range(len(caption) - 2 * n + 1)
     )
-
-
-def _looping(words: Mapping[str, Sequence[str]]) -> Finding | None:
-    loops = [image for image, caption in words.items() if any(_loops(caption))]
-    if len(loops) <= LOOPING * len(words):
-        return None
-    return Finding(
-        "looping",
-        100 * len(loops) / len(words),
-        f"{len(loops):,} of {len(words):,} captions say the same twice in a row: {_shown(words[loops[0]])}",
-        "forbid repeated n-grams while decoding, or train longer",
-    )
-
-
-def _loops(caption: Sequence[str]) -> Iterator[bool]:
-    """Yield for each place whether one to four words from there are said again at once."""
-    for size in (1, 2, 3, 4):
-        for i in range(len(caption) - 2 * size + 1):
-            yield caption[i : i + size] == caption[i + size : i + 2 * size]
-
-
-def _copying(
-    words: Mapping[str, Sequence[str]], training: Iterable[str], human: Sequence[str]
-) -> Finding | None:
-    read = {tuple(tokenise(caption)) for caption in training}
-    copied = [image for image, caption in words.items() if tuple(caption) in read]
-    usual = sum(tuple(tokenise(caption)) in read for caption in human) / max(1, len(human))
-    if len(copied) <= max(COPIED, USUAL * usual) * len(words):
-        return None
-    return Finding(
-        "copying",
-        100 * len(copied) / len(words),
-        f"{len(copied):,} of {len(words):,} captions are word for word training captions: {_shown(words[copied[0]])}",
-        "the captioner recites: train it shorter, or on more captions, or with more dropout",
-    )
-
-
-def _shown(caption: Sequence[str]) -> str:
-    return repr(" ".join(caption)[:80])
 
 
 def diversity(hypotheses: Mapping[str, str]) -> dict[str, float]:
-    """Return how varied the captions are: distinct captions, words used, mean length in words,
-    ``<unk>`` count."""
+    """Return counts of distinct captions, words and ``<unk>``, and the mean length in words."""
     words = [tokenise(caption) for caption in hypotheses.values()]
     return {
-        "distinct": len({" ".join(w) for w in words}),
+        "distinct": len({" ".join(caption) for caption in words}),
         "words_used": len({word for caption in words for word in caption}),
         "mean_length": sum(map(len, words)) / max(1, len(words)),
         "unk": sum(caption.count("<unk>") for caption in hypotheses.values()),
@@ -169,42 +116,41 @@ def diversity(hypotheses: Mapping[str, str]) -> dict[str, float]:
 
 
 def originality(hypotheses: Mapping[str, str], training: Iterable[str]) -> dict[str, float]:
-    """Return what of the captions is new.
+    """Return how much of the captions is new.
 
     Args:
         hypotheses: image -> generated caption.
         training: every caption that the system was trained on.
 
     Returns:
-        In percent: ``distinct_ratio``, different captions among all; ``copied``, captions that are
-            word for word a
-        training caption; ``novel_1`` to ``novel_4``, n-grams, each counted as often as it is said,
-        that no training caption holds.
+        In percent: ``distinct_ratio``, different captions among all; ``copied``, captions that
+        equal a training caption word for word; ``novel_1`` to ``novel_4``, n-grams, counted as
+        often as they occur, that are in no training caption.
     """
-    said = [tuple(tokenise(caption)) for caption in hypotheses.values()]
-    read = {tuple(tokenise(caption)) for caption in training}
+    captions = [tuple(tokenise(caption)) for caption in hypotheses.values()]
+    known = {tuple(tokenise(caption)) for caption in training}
+    copied = sum(caption in known for caption in captions)
     result = {
-        "distinct_ratio": _percent(len(set(said)), len(said)),
-        "copied": _percent(sum(caption in read for caption in said), len(said)),
+        "distinct_ratio": _percent(len(set(captions)), len(captions)),
+        "copied": _percent(copied, len(captions)),
     }
     for n in ORDERS:
-        spoken = [ngram for caption in said for ngram in _ngrams(caption, n)]
-        unknown = set(spoken)
-        for caption in read:
-            unknown.difference_update(_ngrams(caption, n))
-        result[f"novel_{n}"] = _percent(sum(ngram in unknown for ngram in spoken), len(spoken))
+        ngrams = [ngram for caption in captions for ngram in _ngrams(caption, n)]
+        novel = set(ngrams)
+        for caption in known:
+            novel.difference_update(_ngrams(caption, n))
+        result[f"novel_{n}"] = _percent(sum(ngram in novel for ngram in ngrams), len(ngrams))
     return result
 
 
 def mutual_bleu(samples: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Return mBLEU-1 to mBLEU-4 of several captions of the same images, times 100; 100 means that
-    all are equal.
+    """Return mBLEU-1 to mBLEU-4 of several captions per image, times 100; 100 if all are equal.
 
-    Each caption of an image is scored against the others (corpus BLEU), and the scores of the
-    choices are averaged.
+    Each caption of an image is scored against the others (corpus BLEU), and the scores of all
+    choices are averaged (Zhu et al. 2018, "Texygen", arXiv 1802.01886: Self-BLEU).
 
     Args:
-        samples: image -> its sampled captions, as many for each image, two or more.
+        samples: image -> its sampled captions; the same number for each image, two or more.
 
     Raises:
         CapGenError: an image has fewer than two, or another number than the rest.
@@ -212,8 +158,8 @@ def mutual_bleu(samples: Mapping[str, Sequence[str]]) -> dict[str, float]:
     sizes = {len(captions) for captions in samples.values()}
     if len(sizes) != 1 or min(sizes) < 2:
         raise CapGenError(
-            f"mBLEU cannot compare {sorted(sizes)} samples of an image",
-            "sample each image as often, twice or more",
+            f"mBLEU cannot compare {sorted(sizes)} samples per image",
+            "draw the same number of samples for each image, two or more",
         )
     rounds = []
     for k in range(min(sizes)):
@@ -226,5 +172,5 @@ def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def _percent(part: int, whole: int) -> float:
-    return 100 * part / max(1, whole)
+def _percent(count: int, total: int) -> float:
+    return 100 * count / max(1, total)

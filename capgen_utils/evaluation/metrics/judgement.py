@@ -1,12 +1,13 @@
-"""Do metrics agree with people? Kendall's tau-c with the experts' ratings of Flickr8k.
+"""Agreement of metrics with people: Kendall's tau-c with expert ratings. See notebook 09.
 
-``ExpertAnnotations.txt`` (Hodosh, Young and Hockenmaier 2013) holds one pair a line: an image, a
-caption written for this or another image, and what three experts gave it, from 1 to 4. The protocol
-is that of the CLIPScore paper (arXiv 2104.08718): pairs whose candidate is one of the image's own
-references are left out, each expert counts for himself, and Kendall's tau-c, times 100, allows for
+``ExpertAnnotations.txt`` (Hodosh, Young and Hockenmaier 2013) holds one pair per line: an image, a
+caption written for this or another image, and three experts' ratings from 1 to 4. The protocol is
+that of the CLIPScore paper (arXiv 2104.08718): pairs whose candidate is one of the image's own
+references are left out, every rating counts separately, and Kendall's tau-c, times 100, allows for
 the many ties.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +19,18 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.evaluation.metrics.scores import BLEU_NAMES, Statistics, bleu_of_sums
 
 FILE = "ExpertAnnotations.txt"
-_REMEDY = f"take {FILE} from Flickr8k_text.zip as it is"
-_RATINGS = (1, 2, 3, 4)
+_LINE = re.compile(r"([^\t]+)\t([^\t]*#[^\t]*)((?:\t *[1-4] *)+)")  # image, caption id, ratings
+_REMEDY = f"take {FILE} unchanged from Flickr8k_text.zip"
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What experts thought of one caption for one image.
+    """The experts' ratings of one caption for one image.
 
     Attributes:
         image: file name.
         candidate: the caption's id, ``<image it was written for>#<number>``.
-        ratings: one from 1 (unrelated) to 4 (describes the image) for each expert.
+        ratings: one per expert, from 1 (unrelated) to 4 (describes the image).
     """
 
     image: str
@@ -48,7 +49,7 @@ class Judgement:
 
 
 def read_judgements(path: Path) -> list[Judgement]:
-    """Read ``ExpertAnnotations.txt``: image, caption id and three ratings a line, between tabs.
+    """Read ``ExpertAnnotations.txt``: image, caption id and ratings per line, separated by tabs.
 
     Raises:
         CapGenError: the file is missing, or a line has another form.
@@ -57,21 +58,22 @@ def read_judgements(path: Path) -> list[Judgement]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CapGenError(f"cannot read {path}: {error}", _REMEDY) from error
-    result = [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not result:
+    judgements = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
+            raise CapGenError(
+                f"{path}, line {number}: {line[:80]!r} is not image, caption id and ratings "
+                "from 1 to 4",
+                _REMEDY,
+            )
+        image, candidate, ratings = match.groups()
+        judgements.append(Judgement(image, candidate, tuple(map(int, ratings.split()))))
+    if not judgements:
         raise CapGenError(f"{path} holds no judgement", _REMEDY)
-    return result
-
-
-def _parse(path: Path, number: int, line: str) -> Judgement:
-    image, candidate, *ratings = line.strip().split("\t") if line.count("\t") >= 2 else ("", "")
-    values = tuple(int(rating) if rating.strip() in map(str, _RATINGS) else 0 for rating in ratings)
-    if not image or "#" not in candidate or not values or 0 in values:
-        raise CapGenError(
-            f"{path}, line {number}: {line[:80]!r} is not image, caption id and ratings from 1 to 4",
-            _REMEDY,
-        )
-    return Judgement(image, candidate, values)
+    return judgements
 
 
 def judged_pairs(
@@ -79,8 +81,7 @@ def judged_pairs(
     captions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
 ) -> tuple[list[Judgement], dict[str, str], dict[str, Sequence[str]]]:
-    """Return the judgements that count, and their pairs as hypotheses and references, ready for any
-    metric.
+    """Return the judgements that count, and their pairs as hypotheses and references for a metric.
 
     Args:
         judgements: of all pairs.
@@ -88,14 +89,15 @@ def judged_pairs(
         references: image -> its human captions.
 
     Raises:
-        CapGenError: a caption or an image is unknown, a pair comes twice, or no pair is left.
+        CapGenError: a caption or an image is unknown, a pair occurs twice, or no pair is left.
     """
     kept = [judgement for judgement in judgements if not judgement.is_own]
     unknown = [j.pair for j in kept if j.candidate not in captions or j.image not in references]
     if not kept or unknown or len({j.pair for j in kept}) < len(kept):
         raise CapGenError(
-            f"{len(kept)} judged pairs, {len(unknown)} of them of an unknown caption or image {unknown[:1]}",
-            "give the captions and references of the whole of Flickr8k; a pair may come once",
+            f"{len(kept)} judged pairs, {len(unknown)} of them with an unknown caption or image "
+            f"{unknown[:1]}",
+            "give the captions and references of all of Flickr8k; each pair may occur once",
         )
     return (
         kept,
@@ -116,8 +118,8 @@ def agreement(
         judgements: of all pairs; those of an image's own captions are left out.
         captions: caption id -> caption.
         references: image -> its human captions.
-        extra: name -> pair (``Judgement.pair``) -> score, of more metrics on what ``judged_pairs``
-            returns.
+        extra: name -> pair (``Judgement.pair``) -> score, of more metrics on the pairs that
+            ``judged_pairs`` returns.
 
     Raises:
         CapGenError: see ``judged_pairs``; or a metric lacks a pair.
@@ -125,8 +127,8 @@ def agreement(
     kept, hypotheses, written = judged_pairs(judgements, captions, references)
     statistics = Statistics.of(hypotheses, written, extra)
     each = dict(zip(BLEU_NAMES, bleu_of_sums(statistics.bleu).T, strict=True)) | statistics.means
-    place = {pair: i for i, pair in enumerate(statistics.images)}
-    rows = np.array([place[j.pair] for j in kept for _ in j.ratings])
+    row = {pair: i for i, pair in enumerate(statistics.images)}
+    rows = np.array([row[j.pair] for j in kept for _ in j.ratings])  # one per rating
     ratings = np.array([rating for j in kept for rating in j.ratings])
     return {
         name: 100 * float(kendalltau(values[rows], ratings, variant="c").statistic)
@@ -136,8 +138,6 @@ def agreement(
 
 def agreement_table(taus: Mapping[str, float]) -> str:
     """Return agreement as a table in Markdown, the best metric first."""
-    ordered = sorted(taus.items(), key=lambda pair: -pair[1])
-    rows = [f"| {name} | {tau:.1f} |" for name, tau in ordered]
-    return "\n".join(
-        ["| metric | Kendall's tau-c with the experts, times 100 |", "|---|---|", *rows]
-    )
+    lines = ["| metric | Kendall's tau-c with the experts, times 100 |", "|---|---|"]
+    lines += [f"| {name} | {tau:.1f} |" for name, tau in sorted(taus.items(), key=lambda t: -t[1])]
+    return "\n".join(lines)

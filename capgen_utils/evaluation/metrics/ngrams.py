@@ -1,5 +1,4 @@
-"""Captions as numbers: how often each n-gram stands in each caption, as one sparse matrix for each
-n."""
+"""N-gram counts of captions as sparse matrices, one matrix for each n. Notebook 09 uses them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,45 +12,7 @@ from capgen_utils.text.ptb import tokenise
 
 ORDERS = (1, 2, 3, 4)
 
-
 Words = Sequence[Sequence[str]]
-
-
-def count_ngrams(captions: Words) -> list[sparse.csr_array]:
-    """Count the n-grams of captions.
-
-    Args:
-        captions: S captions as words.
-
-    Returns:
-        For n = 1 to 4 a matrix (S, G) of counts; each of its G columns is an n-gram that occurs.
-    """
-    lengths = np.array([len(words) for words in captions], dtype=np.int64)
-    ids = {
-        word: i
-        for i, word in enumerate(dict.fromkeys(word for words in captions for word in words))
-    }
-    tokens = np.fromiter(
-        (ids[word] for words in captions for word in words), np.int64, int(lengths.sum())
-    )
-    rows = np.repeat(np.arange(len(captions)), lengths)
-    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(
-        len(tokens)
-    )  # words from here to the caption's end
-    matrices = []
-    ngrams = np.zeros(
-        len(tokens), dtype=np.int64
-    )  # the n-gram that starts at each word, as a number
-    for n in ORDERS:
-        starts = np.flatnonzero(left >= n)
-        # An n-gram is the (n-1)-gram that it starts with and one more word; numbered anew to keep
-        # the product small.
-        keys = ngrams[starts] * max(1, len(ids)) + tokens[starts + n - 1]
-        different, ngrams[starts] = np.unique(keys, return_inverse=True)
-        shape = (len(captions), max(1, len(different)))
-        counts = sparse.coo_array((np.ones(len(starts)), (rows[starts], ngrams[starts])), shape)
-        matrices.append(counts.tocsr())  # adds up what stands in one place
-    return matrices
 
 
 def check_images(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
@@ -64,7 +25,8 @@ def check_images(hypotheses: Mapping[str, str], references: Mapping[str, Sequenc
     if not hypotheses or set(hypotheses) != set(references):
         different = sorted(map(str, set(hypotheses) ^ set(references)))[:3]
         raise CapGenError(
-            f"{len(hypotheses)} captions and {len(references)} reference sets do not name the same images {different}",
+            f"{len(hypotheses)} captions and {len(references)} reference sets do not name the same "
+            f"images {different}",
             "score one caption for every image of the split",
         )
     without = [
@@ -72,24 +34,24 @@ def check_images(hypotheses: Mapping[str, str], references: Mapping[str, Sequenc
     ]
     if without:
         raise CapGenError(
-            f"{len(without)} images have no list of reference captions, {without[0]!r} for one",
-            "give every image a list of the captions that people wrote for it",
+            f"{len(without)} images have no list of reference captions, for example {without[0]!r}",
+            "give every image the list of its human captions",
         )
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Captions beside the references of the same I images, as words and as n-gram counts.
+    """Hypotheses and references of the same I images, as words and as n-gram counts.
 
-    Images may have different numbers of references; K is the largest one.
+    Images may have different numbers of references; K is the largest.
 
     Attributes:
         images: their names, sorted.
         hypotheses: the words of each generated caption.
         references: for each image the words of each human caption.
         spoken: for n = 1 to 4 counts (I, G) of the hypotheses.
-        human: for n = 1 to 4 K matrices (I, G): counts of each image's k-th reference, zeros where
-            it has none.
+        human: for n = 1 to 4 K matrices (I, G): counts of each image's k-th reference, zeros if
+            it has fewer.
     """
 
     images: list[str]
@@ -109,35 +71,64 @@ class Compared:
         """
         check_images(hypotheses, references)
         images = sorted(hypotheses)
-        said = [tokenise(hypotheses[image]) for image in images]
+        generated = [tokenise(hypotheses[image]) for image in images]
         written = [[tokenise(caption) for caption in references[image]] for image in images]
-        return cls(images, said, written, *count_both(said, written))
+        return cls(images, generated, written, *count_both(generated, written))
 
 
 def count_both(
-    said: Words, written: Sequence[Words]
+    generated: Words, written: Sequence[Words]
 ) -> tuple[list[sparse.csr_array], list[list[sparse.csr_array]]]:
     """Count generated and human captions over the same n-grams.
 
     Args:
-        said: S captions as words.
-        written: for each of I images its human captions as words; K is the most that one has.
+        generated: S captions as words.
+        written: for each of I images its human captions as words; K is the largest number.
 
     Returns:
-        For n = 1 to 4 counts (S, G) of what was said, and K matrices (I, G) of each image's k-th
-        human caption.
+        For n = 1 to 4 counts (S, G) of the generated captions, and K matrices (I, G) of each
+        image's k-th human caption.
     """
     size, most = len(written), max(map(len, written))
     kth = [captions[k] if k < len(captions) else () for k in range(most) for captions in written]
     spoken, human = [], []
-    for matrix in count_ngrams([*said, *kth]):
-        spoken.append(matrix[: len(said)])
-        rest = matrix[len(said) :]
+    for matrix in count_ngrams([*generated, *kth]):
+        spoken.append(matrix[: len(generated)])
+        rest = matrix[len(generated) :]  # (K I, G)
         human.append([rest[size * k : size * (k + 1)] for k in range(most)])
     return spoken, human
 
 
+def count_ngrams(captions: Words) -> list[sparse.csr_array]:
+    """Count the n-grams of captions.
+
+    Args:
+        captions: S captions as words.
+
+    Returns:
+        For n = 1 to 4 a matrix (S, G) of counts; each of its G columns is an n-gram that occurs.
+    """
+    lengths = np.array([len(words) for words in captions], dtype=np.int64)  # (S,)
+    ids: dict[str, int] = {}
+    tokens = np.array(
+        [ids.setdefault(word, len(ids)) for words in captions for word in words], dtype=np.int64
+    )
+    rows = np.repeat(np.arange(len(captions)), lengths)  # the caption of each token
+    # The number of words from each token to its caption's end.
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(tokens))
+    ngrams = np.zeros(len(tokens), dtype=np.int64)  # the n-gram that starts at each token, numbered
+    matrices = []
+    for n in ORDERS:
+        starts = np.flatnonzero(left >= n)
+        # An n-gram is an (n-1)-gram and one more word; new numbers keep the product small.
+        keys = ngrams[starts] * max(1, len(ids)) + tokens[starts + n - 1]
+        different, ngrams[starts] = np.unique(keys, return_inverse=True)
+        shape = (len(captions), max(1, len(different)))
+        counts = sparse.coo_array((np.ones(len(starts)), (rows[starts], ngrams[starts])), shape)
+        matrices.append(counts.tocsr())  # adds up equal entries
+    return matrices
+
+
 def highest(counts: Sequence[sparse.csr_array]) -> sparse.csr_array:
-    """Return how often each n-gram stands in the reference of the image that holds it most often,
-    (I, G)."""
+    """Return (I, G): the largest count of each n-gram in any single reference of the image."""
     return reduce(lambda most, other: most.maximum(other), counts)

@@ -1,6 +1,6 @@
-"""How sure a score is: intervals from resampled images, and whether one system beats another.
+"""Confidence intervals from resampled images, and paired comparisons of systems. See notebook 09.
 
-Images are drawn with replacement (Efron 1979; for captions and translations Koehn 2004). Every
+Images are drawn with replacement: the bootstrap (Efron 1979; Koehn 2004 for translations). Every
 score follows from per-image statistics, so nothing is counted again; CIDEr's document frequencies
 stay those of all evaluated references.
 """
@@ -16,7 +16,7 @@ from capgen_utils.evaluation.metrics.scores import Captions, Extra, References, 
 RESAMPLES = 1000
 LEVEL = 0.95
 INTERVALS = f"95 %, percentiles of {RESAMPLES:,} bootstrap resamples of the images"
-_AT_ONCE = 200_000  # weights of images that are held at a time
+_AT_ONCE = 200_000  # image weights that are held in memory at a time
 
 
 class Interval(NamedTuple):
@@ -28,12 +28,12 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How much a first system is ahead of a second, times 100.
+    """How far a first system is ahead of a second, times 100.
 
     Attributes:
-        value: the first's score minus the second's.
-        low, high: the 95 % interval; one that does not hold 0 says that the systems differ.
-        wins: the share of resamples in which the first is ahead.
+        value: the first system's score minus the second's.
+        low, high: the 95 % interval; if it excludes 0, the systems differ.
+        wins: the share of resamples in which the first system is ahead.
     """
 
     value: float
@@ -50,19 +50,16 @@ def intervals(
     Args:
         statistics: of one system; or of one system under several choices of references, whose
             scores are averaged.
-        resamples: how many samples of the images are drawn.
+        resamples: the number of samples of the images.
         seed: equal seeds draw equal samples.
 
     Raises:
-        CapGenError: the statistics are of different images.
+        CapGenError: the statistics belong to different images.
     """
-    values = {
-        name: np.mean([one.scores()[name] for one in statistics]) for name in _common(statistics)
-    }
-    drawn = _drawn(statistics, resamples, seed)
-    tails = {name: np.quantile(drawn[name], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) for name in values}
+    each = [system.scores() for system in statistics]
     return {
-        name: Interval(float(value), *map(float, tails[name])) for name, value in values.items()
+        name: Interval(float(np.mean([scores[name] for scores in each])), *_ends(samples))
+        for name, samples in _resampled(statistics, resamples, seed).items()
     }
 
 
@@ -73,12 +70,12 @@ def score_with_intervals(
     seed: int = 0,
     extra: Extra | None = None,
 ) -> dict[str, Interval]:
-    """Return what ``score`` does, each with its 95 % interval.
+    """Return the scores of ``score``, each with its 95 % interval.
 
     Args:
         hypotheses: image -> generated caption.
         references: image -> its human captions, as they were written.
-        resamples: how many samples of the images are drawn.
+        resamples: the number of samples of the images.
         seed: equal seeds draw equal samples.
         extra: see ``Statistics.of``.
 
@@ -94,76 +91,74 @@ def paired_bootstrap(
     """Compare two systems on the same samples of the same images (Koehn 2004).
 
     Raises:
-        CapGenError: the statistics are of different images.
+        CapGenError: the statistics belong to different images.
     """
-    names = _common([first, second])
+    _check_same_images([first, second])
     ours, theirs = first.scores(), second.scores()
-    drawn, others = _drawn([first], resamples, seed), _drawn([second], resamples, seed)
-    result = {}
-    for name in names:
-        ahead = drawn[name] - others[name]
-        low, high = map(float, np.quantile(ahead, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-        result[name] = Difference(ours[name] - theirs[name], low, high, float((ahead > 0).mean()))
-    return result
+    samples = _resampled([first], resamples, seed)
+    others = _resampled([second], resamples, seed)
+    differences = {}
+    for name in (name for name in ours if name in theirs):
+        ahead = samples[name] - others[name]  # (B,)
+        wins = float((ahead > 0).mean())
+        differences[name] = Difference(ours[name] - theirs[name], *_ends(ahead), wins)
+    return differences
 
 
 def mean_interval(
     totals: Sequence[float], counts: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Return the mean of values of which every image has any number, with the 95 % interval over
-    images.
+    """Return the mean of values, any number per image, with its 95 % interval over the images.
 
     Args:
-        totals: sum of the values of each image.
-        counts: how many values each image has.
-        resamples: how many samples of the images are drawn.
+        totals: the sum of the values of each image.
+        counts: the number of values of each image.
+        resamples: the number of samples of the images.
         seed: equal seeds draw equal samples.
 
     Returns:
-        In the units of the values; NaN where there is none at all.
+        In the units of the values; NaN if there are no values at all.
 
     Raises:
-        CapGenError: not as many totals as counts.
+        CapGenError: the numbers of totals and counts differ.
     """
     if len(totals) != len(counts):
         raise CapGenError(
-            f"{len(totals)} totals do not belong to {len(counts)} counts",
-            "pass one of each an image",
+            f"{len(totals)} totals do not belong to {len(counts)} counts", "pass one per image"
         )
     if not sum(counts):
         return Interval(float("nan"), float("nan"), float("nan"))
-    own = np.asarray([totals, counts], dtype=np.float64)  # (2, I)
-    sums = np.concatenate(
-        [weights @ own.T for weights in _samples(own.shape[1], resamples, seed)]
-    )  # (B, 2)
+    rows = np.asarray([totals, counts], dtype=np.float64)  # (2, I)
+    samples = _samples(rows.shape[1], resamples, seed)
+    sums = np.concatenate([weights @ rows.T for weights in samples])  # (B, 2)
     sums = sums[sums[:, 1] > 0]  # a sample of images without any value has no mean
-    ends = np.quantile(sums[:, 0] / sums[:, 1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(own[0].sum() / own[1].sum()), *map(float, ends))
+    return Interval(float(rows[0].sum() / rows[1].sum()), *_ends(sums[:, 0] / sums[:, 1]))
 
 
-def _common(statistics: Sequence[Statistics]) -> list[str]:
-    """Return the scores that all have."""
-    if not statistics or any(one.images != statistics[0].images for one in statistics):
+def _check_same_images(statistics: Sequence[Statistics]) -> None:
+    if not statistics or any(system.images != statistics[0].images for system in statistics):
         raise CapGenError(
             "the systems were scored on different images", "score both on the same split"
         )
-    return [
-        name for name in statistics[0].scores() if all(name in one.scores() for one in statistics)
-    ]
 
 
-def _drawn(statistics: Sequence[Statistics], resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """Return the scores of every resample, (B,) each, averaged over the statistics."""
-    parts = []
+def _ends(samples: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the percentile interval of a score's resamples (B,)."""
+    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _resampled(
+    statistics: Sequence[Statistics], resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Return every common score of all resamples, (B,) each, averaged over the statistics."""
+    _check_same_images(statistics)
+    chunks: dict[str, list[np.ndarray]] = {}
     for weights in _samples(len(statistics[0].images), resamples, seed):
-        each = [one.of_samples(weights) for one in statistics]
-        parts.append(
-            {
-                name: np.mean([scores[name] for scores in each], axis=0)
-                for name in _common(statistics)
-            }
-        )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        each = [system.of_samples(weights) for system in statistics]
+        for name in (name for name in each[0] if all(name in scores for scores in each)):
+            chunks.setdefault(name, []).append(np.mean([scores[name] for scores in each], axis=0))
+    return {name: np.concatenate(values) for name, values in chunks.items()}
 
 
 def _samples(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -176,11 +171,7 @@ def _samples(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     rows = max(1, _AT_ONCE // images)
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
-        drawn = (
-            generator.integers(images, size=(count, images)) + images * np.arange(count)[:, None]
-        )
-        yield (
-            np.bincount(drawn.ravel(), minlength=count * images)
-            .reshape(count, images)
-            .astype(np.float64)
-        )
+        drawn = generator.integers(images, size=(count, images))  # (b, I)
+        drawn += images * np.arange(count)[:, None]  # each row counts in its own range
+        counts = np.bincount(drawn.ravel(), minlength=count * images)
+        yield counts.reshape(count, images).astype(np.float64)

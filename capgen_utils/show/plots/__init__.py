@@ -1,7 +1,7 @@
-"""Figures in one style: photographs, charts, learning curves, and where a captioner looks.
+"""Figures in one style: photographs, charts, learning curves and attention. All notebooks use them.
 
-Every function returns a matplotlib ``Figure`` that no window and no global state knows of; ``alt``
-shows it in a notebook together with a text for those who cannot see it.
+Every function returns a matplotlib ``Figure`` that is independent of pyplot's windows and state;
+``alt`` shows it in a notebook with an alternative text.
 """
 
 from capgen_utils.show.plots.charts import (
@@ -41,36 +41,3 @@ from capgen_utils.show.plots.style import (
     use_style,
 )
 from capgen_utils.vision.grid import grid_side, upsample
-
-__all__ = [
-    "COLOUR_MAP",
-    "DPI",
-    "HEAT",
-    "LARGE",
-    "PALETTE",
-    "STYLE",
-    "alt",
-    "attention_layers",
-    "attention_panel",
-    "attention_step",
-    "bars",
-    "best_and_worst",
-    "caption_similarity",
-    "draw_grid",
-    "embedding_map",
-    "grid_side",
-    "interval_bars",
-    "learning_curves",
-    "length_histogram",
-    "new_figure",
-    "overlay",
-    "read_log",
-    "rendered",
-    "scale_top",
-    "show_images",
-    "show_source",
-    "similarity_matrix",
-    "upsample",
-    "use_style",
-    "word_frequencies",
-]

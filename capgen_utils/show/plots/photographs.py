@@ -1,4 +1,4 @@
-"""Photographs in rows, under the grid of an encoder, and by what their vectors say of them."""
+"""Photographs: contact sheets, the grid of an encoder, similarities. See notebooks 01, 02 and 06."""
 
 import textwrap
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
@@ -23,23 +24,22 @@ def show_images(
     size: float = 2.0,
     title_width: int | None = None,
 ) -> Figure:
-    """Lay images out in rows, each under its title, long titles wrapped: also a contact sheet with
-    captions.
+    """Draw images in rows, each under its title, for example a contact sheet with captions.
 
     Args:
-        images: anything ``images.open_image`` takes.
-        titles: one an image.
+        images: anything that ``open_image`` takes.
+        titles: one per image; long ones are wrapped.
         columns: images in a row.
-        size: inches an image.
-        title_width: characters in a line of a title; by default what fits.
+        size: inches per image.
+        title_width: characters per line of a title; by default as many as fit.
 
     Raises:
-        CapGenError: no images, or not as many titles as images.
+        CapGenError: there are no images, or the numbers of titles and images differ.
     """
     if not len(images) or (titles is not None and len(titles) != len(images)):
         raise CapGenError(
             f"{len(images)} images cannot be shown with {len(titles or ())} titles",
-            "pass one title an image",
+            "pass one title per image",
         )
     width = title_width or int(11 * size)
     wrapped = ["\n".join(textwrap.wrap(title, width)) for title in titles or [""] * len(images)]
@@ -60,16 +60,16 @@ def show_images(
 def draw_grid(
     image: ImageLike, preprocessing: Preprocessing, cells: int, number: bool = True
 ) -> Figure:
-    """Draw the cells that an encoder describes over the square that it sees.
+    """Draw the cells of an encoder's grid over the square that the encoder sees.
 
     Args:
         image: before preprocessing.
-        preprocessing: of the encoder.
+        preprocessing: the encoder's.
         cells: N of the encoder's grid; a square number.
         number: write each cell's index into it.
     """
     side = grid_side(cells)
-    pixels = preprocessing(open_image(image))
+    pixels = preprocessing(open_image(image))  # (size, size, 3)
     step = len(pixels) / side
     figure, (before, after) = new_figure(1, 2, (7.2, 3.6))
     before.imshow(open_image(image))
@@ -79,22 +79,22 @@ def draw_grid(
     for ax in (before, after):
         ax.axis("off")
     for i in range(side + 1):
-        after.plot([i * step] * 2, [0, len(pixels)], color="white", linewidth=0.8)
-        after.plot([0, len(pixels)], [i * step] * 2, color="white", linewidth=0.8)
+        after.axvline(i * step, color="white", linewidth=0.8)
+        after.axhline(i * step, color="white", linewidth=0.8)
+    box = {"boxstyle": "round,pad=0.1", "facecolor": "black", "alpha": 0.45, "linewidth": 0}
+    style: Any = {"color": "white", "fontsize": 6, "ha": "center", "va": "center", "bbox": box}
     for i in range(cells if number else 0):
-        x, y = (i % side + 0.5) * step, (i // side + 0.5) * step
-        box = {"boxstyle": "round,pad=0.1", "facecolor": "black", "alpha": 0.45, "linewidth": 0}
-        after.text(x, y, str(i), color="white", fontsize=6, ha="center", va="center", bbox=box)
+        after.text((i % side + 0.5) * step, (i // side + 0.5) * step, str(i), **style)
     return figure
 
 
 def similarity_matrix(features: Any, images: Sequence[ImageLike], size: float = 6.0) -> Figure:
-    """Draw the cosine similarity of every two images, with the images themselves along both edges.
+    """Draw the cosine similarity of all pairs of images, with the images along both edges.
 
     Args:
         features: (images, D), array or tensor.
-        images: as many, in the same order.
-        size: inches of the figure.
+        images: in the same order.
+        size: width of the figure in inches.
     """
     values = np.asarray(features, dtype=np.float32)
     values = values / np.linalg.norm(values, axis=1, keepdims=True)
@@ -116,12 +116,7 @@ def similarity_matrix(features: Any, images: Sequence[ImageLike], size: float = 
     low = min(0.0, float(similarity.min()))
     drawn = main.imshow(similarity, vmin=low, vmax=1, aspect="auto", cmap=COLOUR_MAP)
     main.axis("off")
-    for i in range(count):
-        for j in range(count):
-            colour = "black" if (similarity[i, j] - low) / (1 - low) > 0.6 else "white"
-            main.text(
-                j, i, f"{similarity[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=8
-            )
+    _write_values(main, similarity, low + 0.6 * (1 - low))
     figure.colorbar(drawn, ax=axes, shrink=0.7, label="cosine similarity")
     return figure
 
@@ -129,13 +124,11 @@ def similarity_matrix(features: Any, images: Sequence[ImageLike], size: float = 
 def caption_similarity(
     similarity: Any, images: Sequence[ImageLike], captions: Sequence[str]
 ) -> Figure:
-    """Draw how well images and captions fit by CLIP: a row a caption, a column an image, which
-    stands above it.
+    """Draw CLIP's similarities: a row per caption, a column per image, which stands above it.
 
     Args:
         similarity: (images, captions), cosines.
-        images: as many, in the same order.
-        captions: as many, in the same order.
+        images, captions: in the same order.
 
     Raises:
         CapGenError: the three do not belong together.
@@ -143,36 +136,42 @@ def caption_similarity(
     values = np.asarray(similarity, dtype=np.float32)
     if values.shape != (len(images), len(captions)) or not values.size:
         raise CapGenError(
-            f"similarities {values.shape} do not belong to {len(images)} images and {len(captions)} captions",
-            "pass one row an image and one column a caption",
+            f"similarities {values.shape} do not belong to {len(images)} images and "
+            f"{len(captions)} captions",
+            "pass one row per image and one column per caption",
         )
-    size = (3.4 + 0.75 * len(images), 1.3 + 0.42 * len(captions))
-    figure, (ax,) = new_figure(size=size)
+    figure, (ax,) = new_figure(size=(3.4 + 0.75 * len(images), 1.3 + 0.42 * len(captions)))
     drawn = ax.imshow(values.T, aspect="auto")
-    ax.set_yticks(
-        range(len(captions)), ["\n".join(textwrap.wrap(text, 34)) for text in captions], fontsize=8
-    )
+    labels = ["\n".join(textwrap.wrap(text, 34)) for text in captions]
+    ax.set_yticks(range(len(captions)), labels, fontsize=8)
     ax.set(xticks=[], ylim=(len(captions) - 0.5, -0.5))
     ax.grid(visible=False)
-    middle = (float(values.max()) + float(values.min())) / 2
-    for (i, j), value in np.ndenumerate(values):
-        ax.text(
-            i,
-            j,
-            f"{value:.2f}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="black" if value > middle else "white",
-        )
+    _write_values(ax, values.T, (float(values.max()) + float(values.min())) / 2)
     for i, image in enumerate(images):
-        picture = OffsetImage(np.asarray(open_image(image).resize((64, 64))), zoom=0.62)
-        ax.add_artist(
-            AnnotationBbox(picture, (i, -0.5), (0, 24), boxcoords="offset points", frameon=False)
-        )
+        _add_thumbnail(ax, image, (i, -0.5), 64, 0.62, (0, 24), frameon=False)
     ax.set_title(" ", pad=36)  # room for the images
     figure.colorbar(drawn, label="cosine")
     return figure
+
+
+def _write_values(ax: Axes, values: np.ndarray, threshold: float) -> None:
+    """Write each value of a picture (rows, columns) into it, black above the threshold."""
+    for (row, column), value in np.ndenumerate(values):
+        colour = "black" if value > threshold else "white"
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+
+
+def _add_thumbnail(
+    ax: Axes,
+    image: ImageLike,
+    xy: tuple[float, float],
+    side: int,
+    zoom: float,
+    offset: tuple[float, float] = (0, 0),
+    **style: Any,
+) -> None:
+    picture = OffsetImage(np.asarray(open_image(image).resize((side, side))), zoom=zoom)
+    ax.add_artist(AnnotationBbox(picture, xy, offset, boxcoords="offset points", **style))
 
 
 def best_and_worst(
@@ -182,21 +181,21 @@ def best_and_worst(
     count: int = 5,
     name: str = "score",
 ) -> Figure:
-    """Draw a contact sheet: the images whose captions scored highest, and below them the lowest
-    ones.
+    """Draw the images whose captions scored highest, and below them the lowest.
 
     Args:
-        images, captions, scores: as many of each, in the same order.
-        count: images a row.
+        images, captions, scores: in the same order.
+        count: images in a row.
         name: of the score.
 
     Raises:
-        CapGenError: there are not as many of each, or none.
+        CapGenError: their numbers differ, or there are none.
     """
     if not len(images) or not len(images) == len(captions) == len(scores):
         raise CapGenError(
-            f"{len(images)} images, {len(captions)} captions and {len(scores)} scores do not belong together",
-            "pass one caption and one score an image",
+            f"{len(images)} images, {len(captions)} captions and {len(scores)} scores do not "
+            "belong together",
+            "pass one caption and one score per image",
         )
     order = sorted(range(len(images)), key=lambda i: -scores[i])
     count = min(count, -(-len(order) // 2))
@@ -208,51 +207,40 @@ def best_and_worst(
 def embedding_map(
     image_vectors: Any, text_vectors: Any, images: Sequence[ImageLike], captions: Sequence[str]
 ) -> Figure:
-    """Draw images and captions where their vectors lie: the two directions in which the images vary
-    most.
+    """Draw images and captions by their vectors, in the two directions of most image variance.
 
-    Each half is centred on its own mean: CLIP's images and texts lie apart, and that gap says
-    nothing of the contents.
+    Images and captions are centred separately: CLIP's image and text vectors lie apart, and that
+    gap says nothing about their content.
 
     Args:
         image_vectors: (images, E).
         text_vectors: (captions, E), in the same space.
-        images, captions: what the vectors are of.
+        images, captions: in the same order.
 
     Raises:
         CapGenError: there are fewer than three images, or they do not belong to the vectors.
     """
-    seen, read = (np.asarray(part, dtype=np.float64) for part in (image_vectors, text_vectors))
+    seen, read = (np.asarray(each, dtype=np.float64) for each in (image_vectors, text_vectors))
     if len(seen) < 3 or len(seen) != len(images) or len(read) != len(captions):
         raise CapGenError(
-            f"{len(images)} images and {len(captions)} captions do not belong to vectors {seen.shape} and {read.shape}",
+            f"{len(images)} images and {len(captions)} captions do not belong to vectors "
+            f"{seen.shape} and {read.shape}",
             "pass one vector each, and three images or more",
         )
     seen, read = seen - seen.mean(0), read - read.mean(0)
     _, strengths, directions = np.linalg.svd(seen, full_matrices=False)
-    places, words = seen @ directions[:2].T, read @ directions[:2].T  # (images, 2), (captions, 2)
-    share = strengths[:2] ** 2 / (strengths**2).sum()
+    points, words = seen @ directions[:2].T, read @ directions[:2].T  # (images, 2), (captions, 2)
     figure, (ax,) = new_figure(size=(8.4, 6.0))
-    ax.scatter(places[:, 0], places[:, 1], s=1, color="white")
-    for place, image in zip(places, images, strict=True):
-        picture = OffsetImage(np.asarray(open_image(image).resize((40, 40))), zoom=0.8)
-        ax.add_artist(AnnotationBbox(picture, tuple(place), pad=0.05))
+    ax.scatter(points[:, 0], points[:, 1], s=1, color="white")
+    for (x, y), image in zip(points, images, strict=True):
+        _add_thumbnail(ax, image, (x, y), 40, 0.8, pad=0.05)
     ax.scatter(words[:, 0], words[:, 1], s=18, color=PALETTE[1], zorder=4)
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
-    for place, text in zip(words, captions, strict=True):
-        ax.annotate(
-            "\n".join(textwrap.wrap(text, 24)),
-            place,
-            (5, 4),
-            textcoords="offset points",
-            fontsize=8,
-            zorder=5,
-            bbox=box,
-        )
-    names = [
-        f"direction {i + 1} ({part:.0%} of the variance of the images)"
-        for i, part in enumerate(share)
-    ]
-    ax.set(xlabel=names[0], ylabel=names[1])
+    style: Any = {"textcoords": "offset points", "fontsize": 8, "zorder": 5, "bbox": box}
+    for point, text in zip(words, captions, strict=True):
+        ax.annotate("\n".join(textwrap.wrap(text, 24)), point, (5, 4), **style)
+    first, second = strengths[:2] ** 2 / (strengths**2).sum()
+    ax.set_xlabel(f"direction 1 ({first:.0%} of the variance of the images)")
+    ax.set_ylabel(f"direction 2 ({second:.0%} of the variance of the images)")
     ax.margins(0.12)
     return figure

@@ -1,4 +1,4 @@
-"""One style for all figures, and how a notebook shows them."""
+"""One style for all figures, and their display in notebooks. All notebooks use it."""
 
 import inspect
 import io
@@ -11,14 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe and Ito's colours: told apart with every common kind of colour blindness.
+# The colours of Okabe and Ito can be told apart with every common kind of colour blindness. Both
+# colour maps only grow lighter, so they can be read without colours.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 COLOUR_MAP = "cividis"
-HEAT = "inferno"  # of what is laid over a photograph: both maps only grow lighter, so they can be read without colours
+HEAT = "inferno"  # for overlays on photographs
 DPI = 80
 LARGE = 60_000  # bytes of PNG above which a figure is stored as JPEG
-
-
 STYLE: Any = {
     "axes.prop_cycle": cycler(color=PALETTE),
     "axes.grid": True,
@@ -36,16 +35,14 @@ STYLE: Any = {
 
 
 def use_style() -> None:
-    """Make CapGen's style the default of this process, for figures that a notebook draws itself
-    too."""
+    """Make CapGen's style the default of this process, also for figures that a notebook draws."""
     mpl.rcParams.update(STYLE)
 
 
 def new_figure(
     rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 3.2)
 ) -> tuple[Figure, list[Axes]]:
-    """Return an empty figure in the course's style and its axes, row by row; ``size`` in inches, of
-    the whole."""
+    """Return an empty figure of ``size`` in inches in the course's style, and its axes by row."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -61,21 +58,20 @@ def alt(figure: Figure, text: str) -> Any:
 
 
 def rendered(figure: Figure) -> tuple[bytes, str]:
-    """Return a figure as a file of pixels and its kind: ``png``, or ``jpeg`` where that is much
-    smaller."""
+    """Return a figure as an image file and its kind: ``png``, or ``jpeg`` for large photographs."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=DPI)
     if len(stream.getvalue()) < LARGE:
         return stream.getvalue(), "png"
-    small = io.BytesIO()  # photographs: a fifth of the size
+    small = io.BytesIO()  # a fifth of the size
     Image.open(stream).convert("RGB").save(small, format="JPEG", quality=88)
     return small.getvalue(), "jpeg"
 
 
 def show_source(thing: Any) -> Any:
-    """Return the package's real source of a function or class, as a notebook displays it.
+    """Return the source of a function or class of the package, as a notebook displays it.
 
-    What a text discusses is thereby what the package runs; the two cannot drift apart.
+    The code that a text discusses is the code that runs: the two cannot drift apart.
     """
     from IPython.display import Markdown
 
