@@ -162,7 +162,7 @@ def _swapped(caption: str, words: Sequence[_Word]) -> Iterator[str]:
 def _reversed(caption: str, words: Sequence[_Word]) -> Iterator[str]:
     """Yield twins with one word replaced by its opposite."""
     texts = ["", *(word.text for word in words), ""]
-    for word, before, after in zip(words, texts, texts[2:], strict=True):
+    for word, before, after in zip(words, texts, texts[2:], strict=False):
         if word.text in OPPOSITE:
             senses = _SENSE.get(_SAME_SENSE.get(word.text, word.text))
             if senses is None or before in senses[0] or after in senses[1]:

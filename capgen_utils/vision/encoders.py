@@ -229,7 +229,7 @@ def load_encoder_folder(folder: Path, stem_weights: Path | None = None) -> Encod
     description = read_json(folder / "config.json", FOLDER_REMEDY)
     name = description.get("name") if isinstance(description, dict) else None
     if name == "shapes_cnn":
-        build = partial(new_shapes_cnn, _shapes_width(folder, description))
+        build: Callable[[], Encoder] = partial(new_shapes_cnn, _shapes_width(folder, description))
     elif isinstance(name, str) and name.split(" ")[0] == SMALL_CLIP:
         sizes = small_clip_config(description.get("settings"))
         stem = restore_encoder(description.get("stem"), folder / "stem", stem_weights, SMALL_CLIP)

@@ -268,7 +268,9 @@ def _write_rows(
             log.unlink(missing_ok=True)
         if grids is None:
             decoded = _decoded(manifest, encoder, flip, rows, batch_size)
-            batches = ((n, _run(encoder, p, dtype)[output].numpy(), f) for n, p, f in decoded)
+            batches: Iterator[_Batch] = (
+                (n, _run(encoder, p, dtype)[output].numpy(), f) for n, p, f in decoded
+            )
         else:
             batches = _encoded_grids(grids, encoder, output, rows, batch_size)
         title = f"{encoder.name} {output}"
