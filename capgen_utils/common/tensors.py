@@ -132,7 +132,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as stream:
             progress = json.loads(stream.metadata()["progress"])
-            return {name: stream.get_tensor(name) for name in stream.keys()}, progress  # noqa: SIM118
+            names = stream.keys()
+            return {name: stream.get_tensor(name) for name in names}, progress
     except Exception as error:
         raise CapGenError(
             f"the checkpoint {path} is damaged ({error})", "delete it and train again"

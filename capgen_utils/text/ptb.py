@@ -35,40 +35,51 @@ _PAGE = r"(?:/[^\s\"<>|()]+[^\s\"<>|.!?(){},-])?"  # after an address
 # Words that keep their period: abbreviations in any case, abbreviations in this case only, titles,
 # and a few before numbers.
 _ABBREVIATIONS = (
-    r"al|ala|apr|ariz|assn|aug|bancorp|bhd|bldg|bros|calif|colo|conn|corp|cos?|ct|dak|dec|ed\.d|esq|est|etc|ext|feb|"
-    r"fla|fri|ga|inc|ind|intl|jan|jr|jul|jun|kans?|ky|ltd|mar|md|mich|minn|mo|mon|mont|neb|nev|nov|oct|okla|penn|"
+    r"al|ala|apr|ariz|assn|aug|bancorp|bhd|bldg|bros|calif|colo|conn|corp|cos?|ct|dak|dec|ed\.d|"
+    r"esq|est|etc|ext|feb|"
+    r"fla|fri|ga|inc|ind|intl|jan|jr|jul|jun|kans?|ky|ltd|mar|md|mich|minn|mo|mon|mont|neb|nev|"
+    r"nov|oct|okla|penn|"
     r"ph\.d|plc|rt|sept?|seq|sq|sr|sys|tel|tenn|thu|thurs|tues?|univ|va|vt|wed|wisc?|wyo"
 )
 
 _AS_WRITTEN = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash|[Pp]p?t[ey]s?"
 
 _TITLES = (
-    "[a-z]|adj|ad[mv]|alex|assoc|asst|attys?|ave|blvd|brig|capt|cf|cie|cmdr|col|comdr|cpl|dept|det|drs?|elec|ens|ft|"
-    "gen|govs?|hon|insp|invt|jos|lieut|lt|maj|messrs|m(?-i:[ft])g|mlle|mme|mrs?|ms|msgr|mt|natl|pfc|ph|pres|profs?|"
+    "[a-z]|adj|ad[mv]|alex|assoc|asst|attys?|ave|blvd|brig|capt|cf|cie|cmdr|col|comdr|cpl|dept|"
+    "det|drs?|elec|ens|ft|"
+    "gen|govs?|hon|insp|invt|jos|lieut|lt|maj|messrs|m(?-i:[ft])g|mlle|mme|mrs?|ms|msgr|mt|natl|"
+    "pfc|ph|pres|profs?|"
     "pvt|rd|reps?|rev|sens?|sfc|sgt|spc|ste?|supts?|treas|vs|wm"
 )
 
 _BEFORE_NUMBERS = "art|ca|figs?|nos?|op|pp|prop"
 
 _SENTENCE_STARTS = (
-    r"A(?:bout|ccording|dditionally|fter|n|s|t)?|But|D(?:id|uring)|Earlier|H(?:er?|ere|ow|owever)|I[fnt]|Last|"
-    r"M(?:any|ore|r\.|s\.)|Now|O(?:nce|ne|ther|ur)|S(?:he|ince|o|ome|uch)|The(?:ir|n|re|se|y)?|Th(?:at|is)|We|"
+    r"A(?:bout|ccording|dditionally|fter|n|s|t)?|But|D(?:id|uring)|Earlier|H(?:er?|ere|ow|owever)|"
+    r"I[fnt]|Last|"
+    r"M(?:any|ore|r\.|s\.)|Now|O(?:nce|ne|ther|ur)|S(?:he|ince|o|ome|uch)|The(?:ir|n|re|se|y)?|"
+    r"Th(?:at|is)|We|"
     r"Wh(?:at|en|ile|o|y)|Yet|You"
 )
 
 _ONE_WORD = (  # with apostrophes that split nothing
-    r"'n'?|[ldj]'|dunkin'|somethin'|ol'|'em|'[2-9]0s|'till?|'cause|cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|"
-    r"nat'l|o['`]o|cap'n|c'est|(?-i:[A-HJ-XZn])['`]\p{L}{2,}|\p{L}+[aeiouy]['`](?-i:[aeiouA-Z])\p{L}*"
+    r"'n'?|[ldj]'|dunkin'|somethin'|ol'|'em|'[2-9]0s|'till?|'cause|cont'd\.?|nor'easter|c'mon|"
+    r"e'er|s'mores|ev'ry|li'l|"
+    r"nat'l|o['`]o|cap'n|c'est|(?-i:[A-HJ-XZn])['`]\p{L}{2,}|"
+    r"\p{L}+[aeiouy]['`](?-i:[aeiouA-Z])\p{L}*"
 )
 
 _EXTENSIONS = (
-    "bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt|"
+    "bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|"
+    "ppt|ps|py|sql|tar|txt|"
     "wav|x|xml"
 )
 
 # Group 1 of a rule becomes the token; the rest is lookahead. Letters match in both cases.
 _RULES = (
-    r"(can(?=not)|(?:gon|wan)(?=na)|got(?=ta)|(?:lem|gim)(?=me)|'t(?=is|was))(?:not|[nt]a|me|is|was)",
+    r""
+    r"(can(?=not)|(?:gon|wan)(?=na)|got(?=ta)|(?:lem|gim)(?=me)|'t(?=is|was))"
+    r"(?:not|[nt]a|me|is|was)",
     rf"({_TAG})",
     rf"({_WORD}){_AUXILIARY}",
     r"([a-z\xad]*[a-mo-z]\xad*)n['`]t",

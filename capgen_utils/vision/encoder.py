@@ -42,7 +42,8 @@ class Encoder(nn.Module):
         self.name, self.outputs, self.stem = name, dict(outputs), stem
         self.settings, self.public = dict(settings or {}), public
         self.training_run: dict[str, Any] | None = None
-        self.trunk = trunk.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.trunk = trunk.eval()
         self.preprocessing = preprocessing
         self.requires_grad_(False)
 
