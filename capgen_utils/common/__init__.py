@@ -1,1 +1,1 @@
-"""Helpers that know nothing of captioning: files, paths, devices, tensors."""
+"""Helpers without any captioning: files, paths, devices, tensors, models from the hub."""

@@ -1,9 +1,8 @@
-"""Make ``import torchvision`` work beside a CPU build of torch.
+"""Make ``import torchvision`` work with a CPU build of torch.
 
-The torchvision wheel on PyPI is built for CUDA. Beside a CPU-only torch its compiled part does not
-load, and the import then dies on the missing operator ``torchvision::nms``, taking timm and
-transformers with it. Declaring the operator's signature is enough for everything CapGen uses:
-nothing here ever calls it.
+The torchvision wheel on PyPI is built for CUDA. With a CPU-only torch its compiled part does not
+load, so the import fails on the missing operator ``torchvision::nms``, and with it timm and
+transformers. Declaring the operator's signature is enough, because CapGen never calls it.
 """
 
 import importlib
@@ -17,20 +16,18 @@ _MISSING_OPERATORS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
-
-_libraries: list[
-    torch.library.Library
-] = []  # a declaration lives only as long as its Library object
+# A declaration lives only as long as its Library object.
+_libraries: list[torch.library.Library] = []
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, declaring its missing operators first where the plain import fails.
+    """Import torchvision, declaring its missing operators first if the plain import fails.
 
     Call it before importing timm or anything else that imports torchvision.
 
     Returns:
-        The ``torchvision`` module. ``torchvision.io`` and ``torchvision.ops.nms`` still do not run
-        where the declaration was needed; images are decoded with Pillow instead.
+        The ``torchvision`` module. If the declaration was needed, ``torchvision.io`` and
+        ``torchvision.ops.nms`` do not run; images are decoded with Pillow instead.
 
     Raises:
         ImportError: torchvision is not installed.

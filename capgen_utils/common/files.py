@@ -1,4 +1,4 @@
-"""Errors that say what to do, and files that are either whole or not there."""
+"""Errors that say what to do, and files that are written completely or not at all."""
 
 import hashlib
 import json
@@ -12,12 +12,11 @@ from typing import Any
 
 
 class CapGenError(Exception):
-    """An error that a user can act on: what is wrong with which file or value, and what to do about
-    it.
+    """An error that a user can act on.
 
     Args:
         problem: one sentence that names the file or value.
-        remedy: what the reader can do now.
+        remedy: what the user can do now.
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
@@ -28,15 +27,15 @@ class CapGenError(Exception):
 
 @contextmanager
 def explain_os_errors(path: Path, action: str = "write") -> Iterator[None]:
-    """Turn an ``OSError`` (disk full, read-only, forbidden) into a ``CapGenError`` that names
-    ``path``."""
+    """Turn an ``OSError`` (such as a full disk) into a ``CapGenError`` that names ``path``."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise CapGenError(
             f"cannot {action} {path}: {reason}",
-            "free some disk space or choose a folder you may write to (CAPGEN_DATA names another data folder)",
+            "free some disk space or choose a folder you may write to (CAPGEN_DATA names another "
+            "data folder)",
         ) from error
 
 
@@ -44,7 +43,7 @@ def explain_os_errors(path: Path, action: str = "write") -> Iterator[None]:
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; on success it becomes ``target`` in one rename.
 
-    A failure, or a kill, leaves ``target`` as it was. Works for a file or a folder: an existing
+    A failure or a kill leaves ``target`` unchanged. It may be a file or a folder; an existing
     folder is moved aside first and deleted after the rename.
 
     Raises:
@@ -104,16 +103,16 @@ def sha256_file(path: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """Return a short stable hash (16 hexadecimal digits) of anything that JSON can hold."""
+    """Return a stable hash (16 hexadecimal digits) of a value that JSON can hold."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
-    """Refuse to start when the disk that holds ``folder`` has fewer than ``needed`` bytes free.
+    """Refuse to start if the disk that holds ``folder`` has fewer than ``needed`` bytes free.
 
     Raises:
-        CapGenError: too little space; says how much is needed and how much there is.
+        CapGenError: too little space; says how much is needed and how much is free.
     """
     existing = Path(folder).absolute()
     while not existing.exists():
@@ -121,6 +120,7 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise CapGenError(
-            f"{purpose} needs {needed / 1e9:.2f} GB in {folder}, but only {free / 1e9:.2f} GB are free",
+            f"{purpose} needs {needed / 1e9:.2f} GB in {folder}, "
+            f"but only {free / 1e9:.2f} GB are free",
             "free some disk space, or set CAPGEN_DATA to a folder on a larger disk",
         )

@@ -1,4 +1,4 @@
-"""Sinusoidal position encodings for sequences and grids (notebook 05)."""
+"""Sinusoidal position encodings (arXiv 1706.03762) for sequences and grids (notebook 05)."""
 
 import math
 
@@ -6,16 +6,21 @@ import torch
 from torch import Tensor
 
 
-def sinusoids(places: Tensor, width: int) -> Tensor:
-    """Sines and cosines of ``places`` (N,) at wavelengths from 2 pi to 10000 x 2 pi: (N, width)."""
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Encode ``positions`` (N,) as sines and cosines: (N, width).
+
+    The wavelengths rise from 2 pi to 10000 x 2 pi.
+    """
     rates = 10000 ** (-torch.arange(0, width, 2) / width)
-    angles = places[:, None] * rates  # (N, width / 2)
+    angles = positions[:, None] * rates  # (N, width / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
 def grid_sinusoids(positions: int, width: int) -> Tensor:
-    """Sines and cosines of row and column, half of the width each, for a square grid; one axis for
-    any other."""
+    """Encode the cells of a grid: (positions, width).
+
+    Row and column get half of the width each. A grid that is not square is encoded as a sequence.
+    """
     side = math.isqrt(positions)
     if side * side != positions:
         return sinusoids(torch.arange(positions), width)

@@ -1,5 +1,4 @@
-"""Named tensors in safetensors files, written and read with explanations; and the tensors that name
-places."""
+"""Named tensors in safetensors files: compact, checked on reading, and as training checkpoints."""
 
 import json
 import struct
@@ -14,14 +13,14 @@ from torch import Tensor, nn
 
 from capgen_utils.common.files import CapGenError, atomic_path
 
-SCALE = ".scale"  # ends the name of the scales that belong to a tensor of bytes
-_LARGEST = 10**10  # bytes of tensors that one file may hold
+SCALE = ".scale"  # suffix of the name of an int8 tensor's scales
+MAX_BYTES = 10**10  # of one file
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write ``tensors`` in their own dtypes, wherever they are.
+    """Write ``tensors`` from any device, in their own dtypes.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -34,27 +33,23 @@ def save_tensors(
 
 
 def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``tensors``; those of float32 that lose nothing by it as bytes with scales, or in
-    float16.
+    """Return ``tensors`` with float32 as int8 or float16 wherever that loses nothing.
 
-    What ``round_to_bytes`` has rounded becomes two tensors: int8, and beside it, its name ending in
-    ``SCALE``, one float16 number a row. ``read_tensors`` multiplies them again.
+    A tensor that ``round_to_bytes`` rounded becomes two: int8, and, named with the suffix
+    ``SCALE``, one float16 scale per row. ``read_tensors`` multiplies them again.
     """
-    packed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        packed |= _packed(name, tensor.detach().cpu())
+    packed = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    for name, tensor in list(packed.items()):
+        if tensor.dtype != torch.float32:
+            continue
+        if tensor.ndim >= 2:
+            whole, scale = _to_bytes(tensor)
+            if torch.equal(_from_bytes(whole, scale), tensor):
+                packed |= {name: whole, name + SCALE: scale}
+                continue
+        if torch.equal(tensor.half().float(), tensor):
+            packed[name] = tensor.half()
     return packed
-
-
-def _packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    if tensor.dtype != torch.float32:
-        return {name: tensor}
-    if tensor.ndim >= 2:
-        whole, scale = _to_bytes(tensor)
-        if torch.equal(_from_bytes(whole, scale), tensor):
-            return {name: whole, name + SCALE: scale}
-    half = tensor.half()
-    return {name: half if torch.equal(half.float(), tensor) else tensor}
 
 
 @torch.no_grad()
@@ -65,11 +60,10 @@ def round_to_bytes(module: nn.Module) -> None:
 
 
 def rounded(tensor: Tensor) -> Tensor:
-    """Return weights of float32 rounded: a matrix to 255 evenly spaced numbers a row, all else to
-    float16.
+    """Round float32 weights: matrices to 255 evenly spaced values per row, the rest to float16.
 
-    The largest number of a row is 127 times the row's scale, itself a float16, so rounding twice
-    changes nothing.
+    The largest value of a row is 127 times the row's float16 scale, so rounding again changes
+    nothing.
     """
     if tensor.dtype != torch.float32:
         return tensor
@@ -80,10 +74,8 @@ def _to_bytes(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, ...) -> int8 of the same shape, and the rows' scales in float16 (rows,)."""
     rows = tensor.flatten(1)
     scale = (rows.abs().amax(1) / 127).half()
-    whole = (
-        torch.where(scale[:, None] > 0, rows / scale[:, None].float(), 0.0).round().clamp(-127, 127)
-    )
-    return whole.to(torch.int8).view(tensor.shape), scale
+    whole = torch.where(scale[:, None] > 0, rows / scale[:, None].float(), 0.0)
+    return whole.round().clamp(-127, 127).to(torch.int8).view(tensor.shape), scale
 
 
 def _from_bytes(whole: Tensor, scale: Tensor) -> Tensor:
@@ -91,45 +83,42 @@ def _from_bytes(whole: Tensor, scale: Tensor) -> Tensor:
 
 
 def read_tensors(path: Path, shapes: Mapping[str, torch.Size], remedy: str) -> dict[str, Tensor]:
-    """Read a safetensors file that must hold exactly the tensors named in ``shapes``; bytes come
-    back as float32.
+    """Read a safetensors file that must hold exactly the tensors named in ``shapes``.
+
+    Tensors of int8 with scales come back as float32.
 
     Raises:
-        CapGenError: unreadable, or other names, shapes or sizes; ``remedy`` becomes the advice.
+        CapGenError: unreadable, other names or shapes, too large, or not finite; ``remedy`` becomes
+            the advice.
     """
     try:
-        if path.stat().st_size > _LARGEST:
+        if path.stat().st_size > MAX_BYTES:
             raise CapGenError(f"{path} is too large", remedy)
         with safe_open(path, framework="pt") as stream:
             names = set(stream.keys())
             scaled = {k for k in shapes if k + SCALE in names and k + SCALE not in shapes}
             sizes = dict(shapes) | {k + SCALE: shapes[k][:1] for k in scaled}
-            wrong = sorted(names ^ set(sizes))[:3]
-            wrong += [
-                k
-                for k in names & set(sizes)
-                if tuple(stream.get_slice(k).get_shape()) != tuple(sizes[k])
-            ][:3]
-            wrong += [k for k in names & scaled if stream.get_slice(k).get_dtype() != "I8"][:3]
+            slices = {k: stream.get_slice(k) for k in names & set(sizes)}
+            wrong = names ^ set(sizes)
+            wrong |= {k for k, s in slices.items() if tuple(s.get_shape()) != tuple(sizes[k])}
+            wrong |= {k for k in scaled & set(slices) if slices[k].get_dtype() != "I8"}
             if wrong:
-                raise CapGenError(
-                    f"{path} does not fit its config.json: {', '.join(wrong)}", remedy
-                )
+                named = ", ".join(sorted(wrong)[:3])
+                raise CapGenError(f"{path} does not fit its config.json: {named}", remedy)
             tensors = {name: stream.get_tensor(name) for name in shapes}
             tensors |= {
                 name: _from_bytes(tensors[name], stream.get_tensor(name + SCALE)) for name in scaled
             }
     except (SafetensorError, OSError, struct.error, ValueError) as error:
         raise CapGenError(f"{path} is damaged ({error})", remedy) from error
-    if not all(
-        torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()
-    ):
+    floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    if not all(torch.isfinite(tensor).all() for tensor in floats):
         raise CapGenError(f"{path} holds values that are not finite", remedy)
     return tensors
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-    """Write a training checkpoint in one file: tensors, and ``progress`` as JSON in its header."""
+    """Write a training checkpoint as one file, with ``progress`` as JSON in its header."""
     with atomic_path(path) as temporary:
         save_tensors(temporary, tensors, {"progress": json.dumps(progress)})
 
@@ -143,7 +132,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as stream:
             progress = json.loads(stream.metadata()["progress"])
-            return {name: stream.get_tensor(name) for name in stream.keys()}, progress  # noqa: SIM118
+            names = stream.keys()
+            return {name: stream.get_tensor(name) for name in names}, progress
     except Exception as error:
         raise CapGenError(
             f"the checkpoint {path} is damaged ({error})", "delete it and train again"

@@ -1,5 +1,4 @@
-"""Photographs from outside, made harmless: decoded, turned upright, RGB, or refused with the
-reason."""
+"""Open images safely: decoded, upright and RGB, or refused with the reason (notebook 02)."""
 
 import io
 import os
@@ -14,22 +13,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from capgen_utils.common.files import CapGenError
 
-if TYPE_CHECKING:  # a tensor is known by what it can do: images are opened without torch too
+if TYPE_CHECKING:  # tensors are recognised by their methods: images are opened without torch
     from torch import Tensor
-
 
 MAX_PIXELS = 100_000_000  # a decoded RGB image of this size takes 300 MB
 MAX_BYTES = 200_000_000
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # an MPO of two pictures is opened by JPEG
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG opens MPO, which holds two images
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _TOO_LARGE = f"scale it to at most {MAX_PIXELS // 10**6} megapixels first"
-
 
 _NOT_AN_IMAGE = (
     "the file is damaged or not an image: open it in a viewer, or save it again as JPEG or PNG"
 )
-
 
 ImageLike = Union[str, Path, Image.Image, np.ndarray, "Tensor"]
 
@@ -37,13 +33,13 @@ ImageLike = Union[str, Path, Image.Image, np.ndarray, "Tensor"]
 def open_image(source: ImageLike) -> Image.Image:
     """Return ``source`` as an upright 8-bit RGB image.
 
-    A path is opened by content, not by its name. The camera's EXIF rotation is applied;
-    transparency is laid on white; CMYK, palette, grey and 16-bit images are converted; of an
-    animation the first frame is taken. The rest of its metadata is dropped.
+    The content of a file tells its format, not its name. The camera's EXIF rotation is applied;
+    transparency is blended with white; CMYK, palette, grey and 16-bit images are converted; of an
+    animation the first frame is taken. All other metadata is dropped.
 
     Args:
-        source: a path, a PIL image, an array (H, W), (H, W, 3) or (H, W, 4), or a torch tensor (3,
-            H, W), wherever it lies; arrays and tensors are uint8, or float from 0 to 1.
+        source: a path, a PIL image, an array (H, W), (H, W, 3) or (H, W, 4), or a torch tensor
+            (3, H, W) on any device; arrays and tensors are uint8, or float from 0 to 1.
 
     Raises:
         CapGenError: missing, empty, truncated, too large, or not an image; names the file.
@@ -73,12 +69,13 @@ def open_image(source: ImageLike) -> Image.Image:
     except FileNotFoundError as error:
         raise CapGenError(f"there is no file {path}", "check the path") from error
     except Exception as error:  # Pillow's parsers raise many kinds on damaged input
-        raise CapGenError(f"{path} cannot be read as an image ({error})", _remedy(path)) from error
+        empty = os.path.isfile(path) and path.stat().st_size == 0
+        remedy = "the file is empty: copy or download it again" if empty else _NOT_AN_IMAGE
+        raise CapGenError(f"{path} cannot be read as an image ({error})", remedy) from error
 
 
 def open_bytes(content: bytes | bytearray | memoryview, name: str = "the upload") -> Image.Image:
-    """Return an image that came as bytes, as ``open_image`` does; its name is only used to speak of
-    it.
+    """Return an image from bytes, as ``open_image`` does; ``name`` is only used in messages.
 
     Raises:
         CapGenError: empty, truncated, too large, or not an image.
@@ -99,19 +96,12 @@ def open_bytes(content: bytes | bytearray | memoryview, name: str = "the upload"
 def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # our own limit is lower
+            # MAX_PIXELS is lower than Pillow's limit
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source, formats=FORMATS) as image:
                 return _to_rgb(image, name)
     except Image.DecompressionBombError as error:
         raise CapGenError(f"{name} has too many pixels ({error})", _TOO_LARGE) from error
-
-
-def _remedy(path: Path) -> str:
-    if os.path.isfile(path) and path.stat().st_size == 0:
-        return "the file is empty: copy or download it again"
-    return _NOT_AN_IMAGE
 
 
 def _to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
@@ -120,7 +110,7 @@ def _to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
         raise CapGenError(f"{name} has {width} x {height} pixels", _TOO_LARGE)
     image.load()
     rgb = _flat(ImageOps.exif_transpose(image))
-    rgb.info = {}  # place, camera, comments: Pillow would write some of them into files made from the image
+    rgb.info = {}  # location, camera, comments: Pillow would copy some into files that it writes
     return rgb
 
 
@@ -135,8 +125,7 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(grey: np.ndarray) -> np.ndarray:
-    """Scale deep grey values to uint8: 16-bit ones by their range, others by the image's own
-    minimum and maximum."""
+    """Scale grey values to uint8: 16-bit ones by their range, others by the image's extremes."""
     values = grey.astype(np.float64)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if grey.dtype != np.float32 and low >= 0 and high <= 65535:
@@ -146,11 +135,8 @@ def _to_8_bit(grey: np.ndarray) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    if (
-        array.ndim not in (2, 3)
-        or (array.ndim == 3 and array.shape[2] not in (3, 4))
-        or not array.size
-    ):
+    channels = array.shape[2:] in ((), (3,), (4,))
+    if array.ndim not in (2, 3) or not channels or not array.size:
         raise CapGenError(
             f"an array of shape {array.shape} is not an image",
             "pass (height, width, 3), channels last",
@@ -180,24 +166,23 @@ def _channels_last(tensor: Any) -> np.ndarray:
             f"a tensor of shape {tuple(tensor.shape)} is not an image",
             "pass (3, height, width), channels first, or a batch of them: (B, 3, height, width)",
         )
-    kind = tensor.float() if tensor.is_floating_point() else tensor  # numpy knows no bfloat16
+    kind = tensor.float() if tensor.is_floating_point() else tensor  # numpy has no bfloat16
     return np.asarray(kind.detach().cpu().permute(1, 2, 0))
 
 
 def find_images(
     sources: Iterable[str | Path], on_error: Callable[[Path, CapGenError], None] | None = None
 ) -> list[Path]:
-    """Expand folders to the image files in them and in their folders; single files are kept as they
-    are.
+    """Expand folders to the image files in them and their subfolders; files are kept unchanged.
 
-    In a folder, a file is an image by its name, or by its first bytes where the name says nothing;
-    what is hidden is left out, and links to folders are not followed. The order is that of the
-    names, so it is the same every time.
+    In a folder, a file is an image by its suffix, or else by its first bytes. Hidden files and
+    folders are left out, and links to folders are not followed. Names are sorted, so the order is
+    the same every time.
 
     Args:
         sources: files and folders.
-        on_error: gets each source or folder that cannot be used, and why; without it the first one
-            ends the search.
+        on_error: called with each source or folder that cannot be used and the reason; without it
+            the first one ends the search.
 
     Raises:
         CapGenError: a path does not exist, or a folder cannot be read or holds no image.
@@ -209,18 +194,16 @@ def find_images(
             raise error
         on_error(path, error)
 
-    found: list[Path] = []
+    images: list[Path] = []
     for source in map(Path, sources):
         inside = list(_walk(source, refuse)) if os.path.isdir(source) else [source]
-        if not os.path.exists(
-            source
-        ):  # unlike Path.exists, no error for a name that no file can have
+        if not os.path.exists(source):  # unlike Path.exists, no error for an impossible name
             refuse(source, f"there is no file or folder {source}", "check the path")
         elif inside:
-            found += inside
+            images += inside
         else:
             refuse(source, f"{source} holds no image", f"image files end in {', '.join(SUFFIXES)}")
-    return found
+    return images
 
 
 def _walk(folder: Path, refuse: Callable[[Path, str, str], None]) -> Iterator[Path]:
@@ -238,7 +221,7 @@ def _walk(folder: Path, refuse: Callable[[Path, str, str], None]) -> Iterator[Pa
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file calls itself an image or begins like one."""
+    """Whether a file has the suffix or the first bytes of an image."""
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
@@ -248,13 +231,12 @@ def _is_image(path: Path) -> bool:
             head = stream.read(12)
     except OSError:
         return False
-    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)  # two letters alone begin many a text
+    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)  # many texts begin with these letters
     return bitmap or head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
 def is_many(images: Any) -> bool:
-    """Whether ``images`` is a sequence of images, or a tensor (B, 3, H, W) of them, rather than one
-    image."""
+    """Whether ``images`` is a sequence of images or a tensor (B, 3, H, W), not a single image."""
     return (isinstance(images, Sequence) and not isinstance(images, str)) or (
         _is_tensor(images) and images.ndim == 4
     )

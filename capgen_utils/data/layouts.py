@@ -1,4 +1,4 @@
-"""A reader for each way in which a data set lies on disk; every one returns a manifest."""
+"""A reader for each layout of a data set on disk; all return a manifest (notebook 01)."""
 
 import re
 import unicodedata
@@ -31,8 +31,7 @@ ALIASES = {"val": "dev", "valid": "dev", "validation": "dev", "restval": "train"
 
 
 def official_split() -> dict[str, str]:
-    """Return the split of each of the 8,000 images in Flickr8k's three official lists, which ship
-    with CapGen.
+    """Return the official split of each of Flickr8k's 8,000 images; the lists ship with CapGen.
 
     Raises:
         CapGenError: a list is missing.
@@ -48,7 +47,7 @@ def official_split() -> dict[str, str]:
 def read_flickr8k(root: Path) -> Manifest:
     """Read Flickr8k in Kaggle's layout (captions.txt) or the original one (Flickr8k.token.txt).
 
-    The folder may lie a level or two below ``root``. Splits are the official ones: 6,000 / 1,000 /
+    The files may be a level or two below ``root``. Splits are the official ones: 6,000 / 1,000 /
     1,000.
 
     Raises:
@@ -58,7 +57,7 @@ def read_flickr8k(root: Path) -> Manifest:
     if path is None:
         raise CapGenError(
             f"{root} holds neither captions.txt nor Flickr8k.token.txt",
-            "name the folder that holds Flickr8k's captions and images, or run: capgen download flickr8k",
+            "name the folder of Flickr8k's captions and images, or run: capgen download flickr8k",
         )
     images = find_images_folder(root, FLICKR8K_IMAGES)
     pairs = read_kaggle_captions(path) if path.name == "captions.txt" else read_token_captions(path)
@@ -66,12 +65,10 @@ def read_flickr8k(root: Path) -> Manifest:
 
 
 def read_flickr30k(root: Path) -> Manifest:
-    """Read Flickr30k: with Karpathy's ``dataset_flickr30k.json`` by his split, else captions from
-    results.csv.
+    """Read Flickr30k from Karpathy's JSON file with his split, else from its captions file.
 
-    Kaggle's ``results.csv`` and the original ``results_20130124.token`` know no split: then 1,000
-    images (a tenth, where there are fewer than 10,000) become dev and as many test, chosen by a
-    fixed seed.
+    Kaggle's ``results.csv`` and the original ``results_20130124.token`` have no split: 1,000 images
+    (a tenth, if there are fewer than 10,000) become dev and as many test, by a fixed seed.
 
     Raises:
         CapGenError: captions or images are not found, or are damaged.
@@ -86,17 +83,15 @@ def read_flickr30k(root: Path) -> Manifest:
     if path.suffix == ".json":
         captions, splits = _read_karpathy(path)
     else:
-        captions = group(
-            read_results_csv(path) if path.suffix == ".csv" else read_token_captions(path)
-        )
-        part = min(1000, len(captions) // 10)
-        splits = seeded_split(captions, dev=part, test=part)
+        read = read_results_csv if path.suffix == ".csv" else read_token_captions
+        captions = group(read(path))
+        count = min(1000, len(captions) // 10)
+        splits = seeded_split(captions, dev=count, test=count)
     return assemble("flickr30k", images, list_images(images), captions, splits)
 
 
 def read_results_csv(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (image, caption) of Kaggle's ``image| number| caption`` lines; one row there lacks its
-    second bar."""
+    """Yield (image, caption) of ``image| number| caption``; one row lacks its second bar."""
     for number, line in enumerate(read_lines(path)):
         if number == 0 or not line.strip():
             continue
@@ -128,8 +123,8 @@ def _read_karpathy(
     return captions, splits
 
 
-def _damaged(path: Path, what: str) -> CapGenError:
-    return CapGenError(f"{path}: {what}", "the file is damaged or another one: download it again")
+def _damaged(path: Path, problem: str) -> CapGenError:
+    return CapGenError(f"{path}: {problem}", "it is damaged or another file: download it again")
 
 
 def _entries(path: Path, key: str) -> list[dict[str, Any]]:
@@ -148,12 +143,10 @@ def _text(entry: dict[str, Any], key: str, path: Path) -> str:
 
 
 def read_coco(root: Path) -> Manifest:
-    """Read COCO: the 2014 images by Karpathy's ``dataset_coco.json``, or the 2017 ones by COCO's
-    annotations.
+    """Read COCO: 2014 with Karpathy's ``dataset_coco.json``, or 2017 with COCO's own annotations.
 
-    For 2017, val2017 becomes test and 5,000 images of train2017 (a tenth, where there are fewer
-    than 50,000),
-    chosen by a fixed seed, become dev: COCO keeps the captions of its own test images to itself.
+    COCO does not publish the captions of its test images. So for 2017, val2017 becomes test, and
+    5,000 images of train2017 (a tenth, if there are fewer than 50,000) become dev, by a fixed seed.
 
     Raises:
         CapGenError: captions or images are not found, or are damaged.
@@ -161,37 +154,31 @@ def read_coco(root: Path) -> Manifest:
     path = find_file(root, ("dataset_coco.json",))
     if path is not None:
         captions, splits = _read_karpathy(path, with_folder=True)
-        return assemble(
-            "coco", root, _coco_images(root, ("train2014", "val2014")), captions, splits
-        )
-    captions = {}
-    splits = {}
-    for part in ("train", "val"):
-        annotations = find_file(root, (f"captions_{part}2017.json",))
-        if annotations is not None:
-            found = _read_annotations(annotations, f"{part}2017")
-            count = min(5000, len(found) // 10)
-            captions |= found
-            splits |= (
-                seeded_split(found, dev=count, test=0)
-                if part == "train"
-                else dict.fromkeys(found, "test")
-            )
+        files = _coco_images(root, ("train2014", "val2014"))
+        return assemble("coco", root, files, captions, splits)
+    captions, splits = {}, {}
+    for folder in ("train2017", "val2017"):
+        annotations = find_file(root, (f"captions_{folder}.json",))
+        if annotations is None:
+            continue
+        annotated = _read_annotations(annotations, folder)
+        captions |= annotated
+        if folder == "train2017":
+            splits |= seeded_split(annotated, dev=min(5000, len(annotated) // 10), test=0)
+        else:
+            splits |= dict.fromkeys(annotated, "test")
     if not captions:
         raise CapGenError(
             f"{root} holds neither dataset_coco.json nor annotations/captions_train2017.json",
-            "lay COCO out as train2014, val2014 and dataset_coco.json, or as train2017, val2017 and annotations",
+            "lay COCO out as train2014, val2014 and dataset_coco.json, or as train2017, val2017 "
+            "and annotations",
         )
     return assemble("coco", root, _coco_images(root, ("train2017", "val2017")), captions, splits)
 
 
-def _coco_images(root: Path, parts: tuple[str, ...]) -> set[str]:
-    return {
-        f"{part}/{name}"
-        for part in parts
-        if (root / part).is_dir()
-        for name in list_images(root / part)
-    }
+def _coco_images(root: Path, folders: tuple[str, ...]) -> set[str]:
+    present = [folder for folder in folders if (root / folder).is_dir()]
+    return {f"{folder}/{name}" for folder in present for name in list_images(root / folder)}
 
 
 def _read_annotations(path: Path, folder: str) -> dict[str, list[str]]:
@@ -211,11 +198,11 @@ def _read_annotations(path: Path, folder: str) -> dict[str, list[str]]:
 
 
 def read_folder(root: Path) -> Manifest:
-    """Read anybody's own images: a folder with ``captions.csv`` and image files, in subfolders too.
+    """Read your own images: a folder with ``captions.csv`` and image files, in subfolders too.
 
-    ``captions.csv`` has the columns image and caption, in UTF-8, one caption a row, and several
-    rows an image where there are several captions. A column split (train, dev or test) is optional:
-    without it the images are split 80/10/10 by a fixed seed.
+    ``captions.csv`` is UTF-8 with the columns image and caption, and one caption per row. The
+    column split (train, dev or test) is optional: without it the images are split 80/10/10 by a
+    fixed seed.
 
     Raises:
         CapGenError: the table is missing or damaged, or an image is put into two splits.
@@ -225,7 +212,7 @@ def read_folder(root: Path) -> Manifest:
     if not path.is_file():
         raise CapGenError(
             f"there is no file {path}",
-            "write one with the columns image,caption and one caption a row",
+            "write one with the columns image,caption and one caption per row",
         )
     rows = read_table(path)
     if rows and not {"image", "caption"} <= set(rows[0]):
@@ -234,7 +221,7 @@ def read_folder(root: Path) -> Manifest:
             "it needs image and caption in its first row",
         )
     files = list_images(root, depth=4)
-    # A file name may spell é as one character or as two; both mean the same file to the reader.
+    # a file name may contain é as one character or as two
     composed = {unicodedata.normalize("NFC", name): name for name in files}
     images = []
     for row in rows:
@@ -243,11 +230,10 @@ def read_folder(root: Path) -> Manifest:
             name if name in files else composed.get(unicodedata.normalize("NFC", name), name)
         )
     captions = group(zip(images, (row["caption"] for row in rows), strict=True))
-    usable = {name for name in captions if name in files and any(c.strip() for c in captions[name])}
-    has_split = bool(rows) and "split" in rows[0]
-    splits = (
-        _split_column(path, images, [row["split"] for row in rows]) if has_split else tenths(usable)
-    )
+    if rows and "split" in rows[0]:
+        splits = _split_column(path, images, [row["split"] for row in rows])
+    else:
+        splits = tenths({name for name in files & set(captions) if "".join(captions[name]).strip()})
     return assemble(f"folder-{root.resolve().name}", root, files, captions, splits)
 
 
@@ -261,8 +247,9 @@ def _split_column(path: Path, images: list[str], column: list[str]) -> dict[str,
             )
         if splits.setdefault(image, split) != split:
             raise CapGenError(
-                f"{path}: row {number} puts {image} into {split}, an earlier row into {splits[image]}",
-                "put all captions of an image into one split, else test images are trained on",
+                f"{path}: row {number} puts {image} into {split}, an earlier row into "
+                f"{splits[image]}",
+                "put all captions of an image into one split, or test images are trained on",
             )
     return splits
 
@@ -271,7 +258,7 @@ def read_shapes(root: Path) -> Manifest:
     """Read a data set that ``shapes.generate`` wrote.
 
     Raises:
-        CapGenError: a part of it is missing or damaged.
+        CapGenError: a file of it is missing or damaged.
     """
     root = Path(root)
     remedy = f"delete {root} and generate it again"

@@ -1,5 +1,6 @@
-"""One shape for every dataset: a list of images, each with its split and its captions."""
+"""The common form of all data sets: images with their split and captions (notebook 01)."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,14 +21,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset. An image belongs to one split with all its captions, so a split by caption row
-    cannot be written.
+    """A data set in which an image belongs to one split with all its captions.
 
     Attributes:
-        name: what results call this data, such as ``flickr8k``.
+        name: used in results, such as ``flickr8k``.
         root: the folder that ``Item.image`` is relative to.
-        items: one entry an image, sorted by split and file name; no image twice.
-        report: what was left out on the way, and how often: reason -> count.
+        items: one per image, sorted by split and file name; no image twice.
+        report: what was left out when reading: reason -> count.
     """
 
     name: str
@@ -36,14 +36,12 @@ class Manifest:
     report: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for item in self.items:
-            if item.image in seen:
+        for image, count in Counter(item.image for item in self.items).items():
+            if count > 1:
                 raise CapGenError(
-                    f"{self.name}: {item.image} is listed twice",
-                    "give all captions of an image in one entry: an image belongs to exactly one split",
+                    f"{self.name}: {image} is listed twice",
+                    "give all captions of an image in one entry: it belongs to exactly one split",
                 )
-            seen.add(item.image)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -52,18 +50,18 @@ class Manifest:
         """Return the manifest of one split.
 
         Raises:
-            CapGenError: no image belongs to it; lists the splits there are.
+            CapGenError: no image belongs to it; names the splits that exist.
         """
         chosen = tuple(item for item in self.items if item.split == name)
         if not chosen:
-            have = sorted({item.split for item in self.items})
             raise CapGenError(
-                f"{self.name} has no split {name!r}", f"choose one of {', '.join(have)}"
+                f"{self.name} has no split {name!r}",
+                f"choose one of {', '.join(self.split_names())}",
             )
         return replace(self, items=chosen)
 
     def limit(self, count: int | None) -> "Manifest":
-        """Return the first ``count`` images of every split (all of them for ``None``).
+        """Return the first ``count`` images of each split; all of them for ``None``.
 
         Raises:
             CapGenError: ``count`` is below 1.
@@ -71,14 +69,14 @@ class Manifest:
         if count is None:
             return self
         if count < 1:
-            raise CapGenError(f"{count} images of each split are not possible", "ask for 1 or more")
+            raise CapGenError(f"a limit of {count} images is not possible", "ask for 1 or more")
         kept = [item for split in self.split_names() for item in self.split(split).items[:count]]
         return replace(self, items=tuple(kept))
 
     def split_names(self) -> list[str]:
-        """Return the splits that hold images, train, dev and test first."""
-        have = {item.split for item in self.items}
-        return [s for s in SPLITS if s in have] + sorted(have - set(SPLITS))
+        """Return the splits that hold images; train, dev and test come first."""
+        names = {item.split for item in self.items}
+        return [s for s in SPLITS if s in names] + sorted(names - set(SPLITS))
 
     def path(self, item: Item) -> Path:
         """Return the image file of ``item``."""

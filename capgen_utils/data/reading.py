@@ -1,5 +1,4 @@
-"""What all layouts share: files found, rows read, names checked, and everything put together as a
-manifest."""
+"""Helpers of all layouts: find files, read rows, check names, assemble a manifest (notebook 01)."""
 
 import csv
 import hashlib
@@ -30,16 +29,11 @@ def safe_name(name: str, source: Path) -> str:
     """
     name = name.strip()
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    hostile = (
-        not parts
-        or parts[0] == "/"
-        or ".." in parts
-        or re.match(r"[A-Za-z]:", name)
-        or not name.isprintable()
-    )
-    if hostile:
+    absolute = not parts or parts[0] == "/" or re.match(r"[A-Za-z]:", name)
+    if absolute or ".." in parts or not name.isprintable():
         raise CapGenError(
-            f"{source} names the image {name[:100]!r}, which is not a file name inside the data folder",
+            f"{source} names the image {name[:100]!r}, "
+            "which is not a file name inside the data folder",
             "give the image's name relative to the folder of images",
         )
     return "/".join(parts)
@@ -51,7 +45,7 @@ def folders(root: Path, depth: int = 2) -> list[Path]:
     Raises:
         CapGenError: ``root`` is not a folder that can be read.
     """
-    level, found = [Path(root)], [Path(root)]
+    level = nested = [Path(root)]
     try:
         for _ in range(depth):
             level = sorted(
@@ -60,13 +54,13 @@ def folders(root: Path, depth: int = 2) -> list[Path]:
                 for entry in os.scandir(folder)
                 if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
             )
-            found += level
+            nested = nested + level
     except OSError as error:
         raise CapGenError(
             f"cannot read the folder {root}: {error.strerror}",
             "check the path; it is the data set's folder",
         ) from error
-    return found
+    return nested
 
 
 def find_file(root: Path, names: Iterable[str]) -> Path | None:
@@ -91,18 +85,15 @@ def find_images_folder(root: Path, names: Collection[str]) -> Path:
 
 
 def list_images(folder: Path, depth: int = 0) -> set[str]:
-    """Return the image files in ``folder``, as names relative to it; ``depth`` levels of folders
-    below as well."""
-    found = set()
+    """Return the image files in ``folder`` and ``depth`` levels below, as names relative to it."""
+    names = set()
     for inside in folders(folder, depth):
         prefix = "" if inside == folder else inside.relative_to(folder).as_posix() + "/"
         with os.scandir(inside) as entries:
-            found |= {
-                prefix + e.name
-                for e in entries
-                if e.name.lower().endswith(SUFFIXES) and e.is_file()
-            }
-    return {name for name in found if not name.rpartition("/")[2].startswith(".")}
+            files = [entry.name for entry in entries if entry.is_file()]
+        shown = [name for name in files if not name.startswith(".")]
+        names |= {prefix + name for name in shown if name.lower().endswith(SUFFIXES)}
+    return names
 
 
 def read_lines(path: Path) -> list[str]:
@@ -126,8 +117,8 @@ def read_lines(path: Path) -> list[str]:
 def read_kaggle_captions(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (image, caption) of Kaggle's ``image,caption`` lines.
 
-    Read line by line, not by a CSV parser: in a file where commas are quoted in some captions and
-    bare in others, one stray quotation mark would swallow all rows up to the next.
+    Read line by line, not by a CSV parser: if some captions quote their commas and others do not,
+    one stray quotation mark would swallow all rows up to the next.
     """
     for number, line in enumerate(read_lines(path)):
         image, _, caption = line.strip().partition(",")
@@ -148,7 +139,7 @@ def read_token_captions(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file with a header; comma, semicolon and tab are told apart by the header.
+    """Read a CSV file with a header, which tells the delimiter: comma, semicolon or tab.
 
     Raises:
         CapGenError: it is not UTF-8, or not a table.
@@ -160,11 +151,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise CapGenError(
-            f"{path} is not a CSV table ({error})", "save it as CSV, one caption a row"
+            f"{path} is not a CSV table ({error})", "save it as CSV, one caption per row"
         ) from error
     if not rows:
         raise CapGenError(
-            f"{path} is empty", "give it a header such as image,caption and one caption a row"
+            f"{path} is empty", "give it a header such as image,caption and one caption per row"
         )
     columns = [column.strip().lower() for column in rows[0]]
     for number, row in enumerate(rows, start=1):
@@ -187,10 +178,9 @@ def group(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def seeded_split(names: Iterable[str], dev: int, test: int, seed: int = 0) -> dict[str, str]:
-    """Split images by chance: the first ``test`` in the order of a seeded hash are test, the next
-    ``dev`` dev.
+    """Split images at random: the first in the order of a seeded hash are test, the next dev.
 
-    The order of ``names`` does not matter, nor does the version of any random generator.
+    The result depends neither on the order of ``names`` nor on the version of a random generator.
     """
     ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     kinds = ["test"] * test + ["dev"] * dev + ["train"] * max(0, len(ranked) - test - dev)
@@ -198,16 +188,9 @@ def seeded_split(names: Iterable[str], dev: int, test: int, seed: int = 0) -> di
 
 
 def tenths(names: Collection[str]) -> dict[str, str]:
-    """Split images 80/10/10 by chance; at least one dev and one test image where there are three or
-    more."""
-    part = max(1, len(names) // 10) if len(names) >= 3 else 0
-    return seeded_split(names, dev=part, test=part)
-
-
-def _is_short(caption: str) -> bool:
-    # Splitting at spaces is cheap and settles nearly all; captions without spaces need the
-    # tokeniser.
-    return len(caption.split()) < 8 and len(tokenise(caption)) < 3
+    """Split images 80/10/10 at random; of three or more, at least one is dev and one test."""
+    count = max(1, len(names) // 10) if len(names) >= 3 else 0
+    return seeded_split(names, dev=count, test=count)
 
 
 def assemble(
@@ -217,13 +200,12 @@ def assemble(
     captions: Mapping[str, list[str]],
     splits: Mapping[str, str],
 ) -> Manifest:
-    """Join images, captions and splits to a manifest; what does not fit together is counted, not
-    fatal.
+    """Join images, captions and splits to a manifest; mismatches are counted, not fatal.
 
     Args:
         root: the folder that all image names are relative to.
         files: the images that exist.
-        splits: split by image; images of ``captions`` that it does not name are left out.
+        splits: split by image; other images are left out.
 
     Raises:
         CapGenError: nothing is left.
@@ -239,7 +221,9 @@ def assemble(
         elif splits.get(image) not in SPLITS:
             report[NO_SPLIT] += 1
         elif kept:
-            report[SHORT_CAPTIONS] += sum(map(_is_short, kept))
+            # splitting at spaces is cheap and decides most captions
+            few = [caption for caption in kept if len(caption.split()) < 8]
+            report[SHORT_CAPTIONS] += sum(len(tokenise(caption)) < 3 for caption in few)
             items.append(Item(image, splits[image], kept))
         else:
             report[NO_CAPTIONS] += 1

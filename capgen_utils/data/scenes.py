@@ -1,5 +1,4 @@
-"""Scenes of one to three coloured shapes: what is in them, how they stand to each other, and how
-they look."""
+"""Scenes of one to three coloured shapes: objects, relations and drawing (notebook 01)."""
 
 import math
 import random
@@ -13,7 +12,6 @@ from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 64
 
-
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (218, 40, 40),
     "yellow": (242, 208, 38),
@@ -23,7 +21,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (158, 52, 186),
 }
 
-
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = {"small": (15, 18), "large": (24, 28)}  # side of the box in pixels, both ends included
 HELD_OUT = frozenset({("red", "star"), ("blue", "triangle"), ("yellow", "square")})
@@ -31,19 +28,13 @@ HELD_OUT = frozenset({("red", "star"), ("blue", "triangle"), ("yellow", "square"
 
 OBJECT_COUNTS, OBJECT_WEIGHTS = (1, 2, 3), (0.35, 0.55, 0.1)
 
-
-CLEARER = (
-    1.6  # a drawn pair's offset along the relation is at least this many times the offset across it
-)
-
-
-GAP = 3  # pixels between the boxes of a drawn pair, along the relation
+CLEARER = 1.6  # minimal ratio of a pair's offsets along and across their relation
+GAP = 3  # pixels between the boxes of a pair, along the relation
 
 
 @dataclass(frozen=True)
 class ShapeObject:
-    """One drawn shape; ``box`` is (x0, y0, x1, y1) in pixels of the 64 x 64 image, x1 and y1
-    excluded."""
+    """One drawn shape; ``box`` is (x0, y0, x1, y1) in pixels, x1 and y1 excluded."""
 
     colour: str
     shape: str
@@ -58,8 +49,7 @@ class ShapeObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in one image; ``novel`` where it holds a colour-shape pair that train and dev never
-    show."""
+    """The objects of one image; ``novel`` if a colour-shape pair never occurs in train and dev."""
 
     objects: tuple[ShapeObject, ...]
     novel: bool = False
@@ -92,7 +82,7 @@ def _checked_object(values: Any) -> ShapeObject:
         raise ValueError("an object has the keys colour, shape, size and box")
     for key, known in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES)):
         if not isinstance(values[key], str) or values[key] not in known:
-            raise ValueError(f"{values[key]!r} is no {key}")
+            raise ValueError(f"{values[key]!r} is not a {key}")
     box = values["box"]
     if not isinstance(box, list) or len(box) != 4 or any(type(v) is not int for v in box):
         raise ValueError("a box is four whole numbers")
@@ -103,8 +93,7 @@ def _checked_object(values: Any) -> ShapeObject:
 
 
 def relation_between(first: ShapeObject, second: ShapeObject) -> str:
-    """Return how ``first`` stands to ``second``: left, right, above or below, along the larger
-    offset."""
+    """Return the relation of ``first`` to ``second``, along the larger offset of their centres."""
     dx = first.centre[0] - second.centre[0]
     dy = first.centre[1] - second.centre[1]
     if abs(dx) >= abs(dy):
@@ -113,8 +102,7 @@ def relation_between(first: ShapeObject, second: ShapeObject) -> str:
 
 
 def _clearly_apart(first: ShapeObject, second: ShapeObject) -> bool:
-    """Whether nobody could doubt the relation: far apart along one axis, little apart along the
-    other."""
+    """Whether the relation is unambiguous: far apart on one axis, close on the other."""
     offsets = [abs(a - b) for a, b in zip(first.centre, second.centre, strict=True)]
     axis = 0 if offsets[0] >= offsets[1] else 1
     low, high = (first, second) if first.centre[axis] < second.centre[axis] else (second, first)
@@ -124,7 +112,7 @@ def _clearly_apart(first: ShapeObject, second: ShapeObject) -> bool:
 
 
 def _place(pairs: Sequence[tuple[str, str]], rng: random.Random) -> tuple[ShapeObject, ...]:
-    """Give each colour-shape pair a size and a place such that every two stand clearly apart."""
+    """Give each colour-shape pair a size and position so that all relations are unambiguous."""
     while True:
         objects = []
         for colour, shape in pairs:
@@ -140,7 +128,7 @@ def make_scene(rng: random.Random, novel: bool = False) -> Scene:
     """Return a scene of one to three objects; no two share a colour or a shape.
 
     Args:
-        rng: the only source of chance.
+        rng: the only source of randomness.
         novel: put exactly one held-out colour-shape pair into the scene; otherwise it holds none.
     """
     count = rng.choices(OBJECT_COUNTS, OBJECT_WEIGHTS)[0]
@@ -158,8 +146,7 @@ SUPERSAMPLING = 4
 
 
 def _outline(shape: str, turn: float) -> np.ndarray:
-    """Return the corners (n, 2) of a shape turned by ``turn`` radians, stretched to fill the unit
-    square."""
+    """Return the corners (n, 2) of a shape, rotated by ``turn`` radians, in the unit square."""
     corners = {"circle": 48, "square": 4, "triangle": 3, "star": 10}[shape]
     start = math.pi / 4 if shape == "square" else -math.pi / 2
     angles = start + turn + 2 * math.pi * np.arange(corners) / corners
@@ -170,8 +157,7 @@ def _outline(shape: str, turn: float) -> np.ndarray:
 
 
 def _background(rng: random.Random) -> np.ndarray:
-    """Return a greyish ground (64, 64, 3) in 0..255: light or dark, slightly tinted, sloping one
-    way."""
+    """Return a greyish background (64, 64, 3) in 0..255: light or dark, tinted, with a slope."""
     grey = rng.uniform(165, 235) if rng.random() < 0.6 else rng.uniform(25, 70)
     tint = np.array([rng.uniform(-8, 8) for _ in range(3)])
     slope_x, slope_y = rng.uniform(-18, 18), rng.uniform(-18, 18)
@@ -183,7 +169,7 @@ def _background(rng: random.Random) -> np.ndarray:
 def draw(scene: Scene, seed: int | str) -> Image.Image:
     """Draw a scene: RGB, 64 x 64, edges anti-aliased; the same seed gives the same pixels.
 
-    ``seed`` decides what no caption speaks of: background, shade, a slight turn, noise.
+    ``seed`` determines what no caption mentions: background, shade, a slight rotation, noise.
     """
     rng = random.Random(f"draw {seed}")
     ground = Image.fromarray(_background(rng).astype(np.uint8))
@@ -191,18 +177,13 @@ def draw(scene: Scene, seed: int | str) -> Image.Image:
     pen = ImageDraw.Draw(canvas)
     for thing in scene.objects:
         x0, y0, x1, y1 = thing.box
-        extent = (
-            np.array([x1 - x0, y1 - y0]) * SUPERSAMPLING - 1
-        )  # Pillow fills the last pixel as well
-        points = (
-            _outline(thing.shape, rng.uniform(-0.15, 0.15)) * extent
-            + np.array([x0, y0]) * SUPERSAMPLING
-        )
+        extent = np.array([x1 - x0, y1 - y0]) * SUPERSAMPLING - 1  # Pillow fills the last pixel too
+        outline = _outline(thing.shape, rng.uniform(-0.15, 0.15))
+        points = outline * extent + np.array([x0, y0]) * SUPERSAMPLING
         shade = tuple(max(0, min(255, v + rng.randint(-14, 14))) for v in COLOURS[thing.colour])
         pen.polygon([(float(x), float(y)) for x, y in points], fill=shade)
-    pixels = np.asarray(
-        canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), dtype=np.float32
-    )
-    # Random's own bytes, not a distribution of numpy's: those may differ from version to version.
+    small = canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    pixels = np.asarray(small, dtype=np.float32)
+    # bytes of Random, since numpy's distributions may differ from version to version
     noise = np.frombuffer(rng.randbytes(pixels.size), dtype=np.uint8).reshape(pixels.shape)
     return Image.fromarray(np.clip(pixels + (noise / 255.0 - 0.5) * 20, 0, 255).astype(np.uint8))

@@ -1,8 +1,7 @@
-"""A dataset that draws itself: seeded scenes of coloured shapes, true captions, and a judge of
-captions.
+"""A generated data set: scenes of coloured shapes, true captions, and their judge (notebook 01).
 
 Every scene is kept, so any caption can be checked for truth, and any attention map against the
-place of the object it should look at. The scenes only judge; nothing is ever trained on them.
+position of the object. The scenes only serve to judge; nothing is ever trained on them.
 """
 
 import csv
@@ -60,16 +59,14 @@ __all__ = [
     "version",
 ]
 
-
-VERSION = 4  # part of the data folder's name: raise it whenever the same seed would draw or say something else
+VERSION = 4  # in the data folder's name: raise it when the same seed gives other data
 CAPTIONS_PER_IMAGE = 5
-RELATIONS = {  # relation -> ways to say that something stands so to what follows; captions use the first
+RELATIONS = {  # relation -> its phrases; captions use the first
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
     "above": ("above",),
     "below": ("below",),
 }
-
 
 TRAILING = {
     "left": "to its left",
@@ -78,12 +75,11 @@ TRAILING = {
     "below": "below it",
 }
 
-
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 INTRODUCTIONS = ("there is", "here is", "the picture shows", "we see")
 
 
-# --- speaking
+# --- captions
 
 
 def _noun_phrase(thing: ShapeObject, rng: random.Random) -> str:
@@ -119,10 +115,10 @@ def _say_three(things: Sequence[ShapeObject], rng: random.Random) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> tuple[str, ...]:
-    """Return five captions that are true of ``scene``, distinct wherever the grammar has that many.
+    """Return five captions that are true of ``scene``, all different if the grammar allows it.
 
-    Each names colour and shape of what it mentions, and a relation wherever there are two objects
-    or more.
+    Each names the colour and shape of the objects it mentions, and a relation if there are two or
+    more.
     """
     captions: list[str] = []
     for attempt in range(50):
@@ -152,8 +148,7 @@ class Mention(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """A parsed caption: what it mentions, and relations (i, relation, j): mention i stands so to
-    mention j."""
+    """A parsed caption: its mentions, and relations (i, relation, j) between mentions i and j."""
 
     mentions: tuple[Mention, ...]
     relations: tuple[tuple[int, str, int], ...]
@@ -164,17 +159,15 @@ def _either(words: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 _NOUN = re.compile(
-    rf"\b(?:an?|the) (?:(?P<size>{_either(SIZES)}) )?(?:(?P<c1>{_either(COLOURS)}) (?P<s1>{_either(SHAPES)})"
+    rf"\b(?:an?|the) (?:(?P<size>{_either(SIZES)}) )?"
+    rf"(?:(?P<c1>{_either(COLOURS)}) (?P<s1>{_either(SHAPES)})"
     rf"|(?P<s2>{_either(SHAPES)}) (?:that is|is(?= \w+$)) (?P<c2>{_either(COLOURS)}))\b"
 )
-
 
 _RELATION = f"(?P<rel>{_either([words for ways in RELATIONS.values() for words in ways])})"
 _MEANING = {words: name for name, ways in RELATIONS.items() for words in ways}
 
-
 _MEANING |= {words: OPPOSITE[name] for name, words in TRAILING.items()}
-
 
 _START = f"(?:(?:{_either(INTRODUCTIONS)}) )?"
 _CLAUSES = {  # which mentions a clause relates, by their order in it; "N" stands for a mention
@@ -187,10 +180,10 @@ _CLAUSES = {  # which mentions a clause relates, by their order in it; "N" stand
 
 
 def parse(caption: str) -> Statement | None:
-    """Read a caption by the grammar; case and punctuation do not matter.
+    """Parse a caption by the grammar; case and punctuation do not matter.
 
     Returns:
-        What it states, or ``None`` where the caption is not a sentence of the grammar.
+        Its statement, or ``None`` if the caption is not a sentence of the grammar.
     """
     text = " ".join(re.findall(r"[^\W_]+", caption.lower()))
     mentions = tuple(
@@ -246,11 +239,10 @@ def is_true(caption: str, scene: Scene) -> bool:
 
 
 def relation_is_right(caption: str, scene: Scene) -> bool | None:
-    """Whether the relations that ``caption`` states hold between objects of the colours and shapes
-    it names.
+    """Whether the stated relations hold between objects of the named colours and shapes.
 
     Returns:
-        ``None`` where the caption states no relation or the scene has one object.
+        ``None`` if the caption states no relation or the scene has one object.
     """
     statement = parse(caption)
     if len(scene.objects) < 2 or statement is None or not statement.relations:
@@ -265,18 +257,18 @@ def relation_is_right(caption: str, scene: Scene) -> bool | None:
 
 
 def judge(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -> dict[str, float]:
-    """Score one caption an image against the scenes; shares are 0..1.
+    """Judge one caption per image by the scenes; shares are from 0 to 1.
 
     Returns:
         ``true`` and ``true_novel``: share of true captions of ordinary and of novel scenes;
         ``relation_right``: share of ordinary scenes with several objects whose caption states a
-            relation, and a
-        right one; ``distinct``: number of different captions; ``true_shuffled``: share true of the
-        ordinary scene of another image, the floor that a captioner that does not look would reach.
-        A share of no scene at all is left out.
+        right relation;
+        ``distinct``: number of different captions;
+        ``true_shuffled``: share of captions that are true of another image's ordinary scene, as a
+        captioner that ignores the image would reach. Shares of no scenes are left out.
 
     Raises:
-        CapGenError: there are no captions, or one for an image without a scene.
+        CapGenError: there are no captions, or one belongs to an image without a scene.
     """
     unknown = sorted(set(captions) - set(scenes))
     if unknown or not captions:
@@ -313,17 +305,16 @@ def judge(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -> dict[str,
 
 
 def version(count: int = 3800, seed: int = 0) -> str:
-    """Return a short hash that names what ``generate(folder, count, seed)`` writes."""
+    """Return a short hash of the data that ``generate(folder, count, seed)`` writes."""
     return fingerprint({"generator": VERSION, "count": count, "seed": seed})
 
 
 def generate(folder: Path, count: int = 3800, seed: int = 0) -> None:
-    """Write the data set to ``folder``, in one atomic step: Images/, captions.txt, splits.json,
-    scenes.json.
+    """Write Images/, captions.txt, splits.json and scenes.json to ``folder`` in one atomic step.
 
-    Eight tenths of ``count`` are train, a tenth each dev and test; another ``count`` / 30 test
-    images hold a colour-shape pair that never occurs in train or dev, though its colour and its
-    shape do.
+    Of ``count`` images, 80 % are train, 10 % dev and 10 % test. Another ``count`` / 30 test images
+    hold a colour-shape pair that never occurs in train or dev, although its colour and its shape
+    do.
 
     Raises:
         CapGenError: ``count`` is below 10, or the folder cannot be written.
@@ -358,8 +349,7 @@ def generate(folder: Path, count: int = 3800, seed: int = 0) -> None:
 
 
 def scenes_file(folder: Path) -> Path:
-    """Return where the scenes of a generated folder (or of the Images folder in it) lie, if it has
-    any."""
+    """Return the scenes file of a generated folder, or of the Images folder in it."""
     folder = Path(folder)
     inside = folder.name == "Images" and not (folder / "scenes.json").exists()
     return (folder.parent if inside else folder) / "scenes.json"

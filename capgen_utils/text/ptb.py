@@ -1,20 +1,19 @@
-"""Captions to words as the COCO caption evaluation does it: Penn Treebank rules, then without
-punctuation.
+"""Captions to words as in the COCO caption evaluation (notebooks 01 and 09).
 
 The evaluation runs Stanford's PTBTokenizer (3.4.1, ``-lowerCase``) and drops a list of punctuation
-marks from what comes out. Its rules are a lexer's: at each place every rule is tried, the one that
-reads furthest wins, and among equals the first. What a rule reads ahead (the ``'s`` behind a noun,
-say) counts for that and is then read again.
+marks from its output. The rules are those of a lexer: at each position every rule is tried, the
+longest match wins, and among equals the first rule. Lookahead, such as the ``'s`` after a noun,
+counts towards the length and is then read again.
 
-Departures, none of which an English caption meets: an ideograph or kana is a word by itself, a
-combining mark belongs to its letter in every script, punctuation beyond Latin-1 and every quotation
-mark is dropped, a curly apostrophe is a straight one, and numbers that the lexer would join over a
-space (1 1/2, a telephone number) stay apart.
+Differences, which do not affect English captions: an ideograph or kana is a word of its own, a
+combining mark belongs to its letter in every script, punctuation beyond Latin-1 and all quotation
+marks are dropped, a curly apostrophe becomes a straight one, and numbers that the lexer would join
+across a space (1 1/2, a telephone number) stay apart.
 """
 
 import functools
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import regex
 
@@ -31,54 +30,56 @@ _SIDE = r"[a-z0-9]+(?:-[a-z]+){0,2}"  # of a slash
 _NAME = r"[a-z][a-z0-9_:.-]*"  # of a tag or its attribute
 _ATTRIBUTE = rf" +{_NAME}(?: *= *(?:'[^']*'|\"[^\"]*\"|{_NAME}))?"
 _TAG = rf"<(?=[^<>]{{1,200}}>)(?:[!?][a-z-][^>]*|{_NAME}(?:{_ATTRIBUTE})* */?|/{_NAME}) *>"
-_PAGE = r"(?:/[^\s\"<>|()]+[^\s\"<>|.!?(){},-])?"  # behind an address
+_PAGE = r"(?:/[^\s\"<>|()]+[^\s\"<>|.!?(){},-])?"  # after an address
 
-
-# What keeps its period: abbreviations, those that do only as they are written here, titles, and a
-# few before numbers.
+# Words that keep their period: abbreviations in any case, abbreviations in this case only, titles,
+# and a few before numbers.
 _ABBREVIATIONS = (
-    r"al|ala|apr|ariz|assn|aug|bancorp|bhd|bldg|bros|calif|colo|conn|corp|cos?|ct|dak|dec|ed\.d|esq|est|etc|ext|feb|"
-    r"fla|fri|ga|inc|ind|intl|jan|jr|jul|jun|kans?|ky|ltd|mar|md|mich|minn|mo|mon|mont|neb|nev|nov|oct|okla|penn|"
+    r"al|ala|apr|ariz|assn|aug|bancorp|bhd|bldg|bros|calif|colo|conn|corp|cos?|ct|dak|dec|ed\.d|"
+    r"esq|est|etc|ext|feb|"
+    r"fla|fri|ga|inc|ind|intl|jan|jr|jul|jun|kans?|ky|ltd|mar|md|mich|minn|mo|mon|mont|neb|nev|"
+    r"nov|oct|okla|penn|"
     r"ph\.d|plc|rt|sept?|seq|sq|sr|sys|tel|tenn|thu|thurs|tues?|univ|va|vt|wed|wisc?|wyo"
 )
 
-
 _AS_WRITTEN = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash|[Pp]p?t[ey]s?"
 
-
 _TITLES = (
-    "[a-z]|adj|ad[mv]|alex|assoc|asst|attys?|ave|blvd|brig|capt|cf|cie|cmdr|col|comdr|cpl|dept|det|drs?|elec|ens|ft|"
-    "gen|govs?|hon|insp|invt|jos|lieut|lt|maj|messrs|m(?-i:[ft])g|mlle|mme|mrs?|ms|msgr|mt|natl|pfc|ph|pres|profs?|"
+    "[a-z]|adj|ad[mv]|alex|assoc|asst|attys?|ave|blvd|brig|capt|cf|cie|cmdr|col|comdr|cpl|dept|"
+    "det|drs?|elec|ens|ft|"
+    "gen|govs?|hon|insp|invt|jos|lieut|lt|maj|messrs|m(?-i:[ft])g|mlle|mme|mrs?|ms|msgr|mt|natl|"
+    "pfc|ph|pres|profs?|"
     "pvt|rd|reps?|rev|sens?|sfc|sgt|spc|ste?|supts?|treas|vs|wm"
 )
 
-
 _BEFORE_NUMBERS = "art|ca|figs?|nos?|op|pp|prop"
 
-
 _SENTENCE_STARTS = (
-    r"A(?:bout|ccording|dditionally|fter|n|s|t)?|But|D(?:id|uring)|Earlier|H(?:er?|ere|ow|owever)|I[fnt]|Last|"
-    r"M(?:any|ore|r\.|s\.)|Now|O(?:nce|ne|ther|ur)|S(?:he|ince|o|ome|uch)|The(?:ir|n|re|se|y)?|Th(?:at|is)|We|"
+    r"A(?:bout|ccording|dditionally|fter|n|s|t)?|But|D(?:id|uring)|Earlier|H(?:er?|ere|ow|owever)|"
+    r"I[fnt]|Last|"
+    r"M(?:any|ore|r\.|s\.)|Now|O(?:nce|ne|ther|ur)|S(?:he|ince|o|ome|uch)|The(?:ir|n|re|se|y)?|"
+    r"Th(?:at|is)|We|"
     r"Wh(?:at|en|ile|o|y)|Yet|You"
 )
 
-
 _ONE_WORD = (  # with apostrophes that split nothing
-    r"'n'?|[ldj]'|dunkin'|somethin'|ol'|'em|'[2-9]0s|'till?|'cause|cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|"
-    r"nat'l|o['`]o|cap'n|c'est|(?-i:[A-HJ-XZn])['`]\p{L}{2,}|\p{L}+[aeiouy]['`](?-i:[aeiouA-Z])\p{L}*"
+    r"'n'?|[ldj]'|dunkin'|somethin'|ol'|'em|'[2-9]0s|'till?|'cause|cont'd\.?|nor'easter|c'mon|"
+    r"e'er|s'mores|ev'ry|li'l|"
+    r"nat'l|o['`]o|cap'n|c'est|(?-i:[A-HJ-XZn])['`]\p{L}{2,}|"
+    r"\p{L}+[aeiouy]['`](?-i:[aeiouA-Z])\p{L}*"
 )
 
-
 _EXTENSIONS = (
-    "bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt|"
+    "bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|"
+    "ppt|ps|py|sql|tar|txt|"
     "wav|x|xml"
 )
 
-
-# Group 1 of a rule becomes the token; what stands behind it is read ahead. Letters match in both
-# cases.
+# Group 1 of a rule becomes the token; the rest is lookahead. Letters match in both cases.
 _RULES = (
-    r"(can(?=not)|(?:gon|wan)(?=na)|got(?=ta)|(?:lem|gim)(?=me)|'t(?=is|was))(?:not|[nt]a|me|is|was)",
+    r""
+    r"(can(?=not)|(?:gon|wan)(?=na)|got(?=ta)|(?:lem|gim)(?=me)|'t(?=is|was))"
+    r"(?:not|[nt]a|me|is|was)",
     rf"({_TAG})",
     rf"({_WORD}){_AUXILIARY}",
     r"([a-z\xad]*[a-mo-z]\xad*)n['`]t",
@@ -113,21 +114,17 @@ _RULES = (
     r"(.)",
 )
 
-
 _COMPILED = [regex.compile(rule, regex.IGNORECASE | regex.POSIX | regex.DOTALL) for rule in _RULES]
 _SPACED = regex.compile(rf"(?:{_TAG}|\S)+", regex.IGNORECASE)
 _CJK = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
 _CJK_GAP = regex.compile(rf"(?<={_CJK.pattern}) (?={_CJK.pattern})")
-
 
 _SAME_MARKS = str.maketrans(
     {"\u2019": "'", "\u0092": "'", "\u2018": "`", "\u0091": "`"}
     | dict.fromkeys("\u201c\u201d\u201e\xab\xbb", '"')
 )
 
-
 _DROPPED = {"'", '"', "''", "``", "`", ".", "?", "!", ",", ":", ";", "-", "--", "---", "----"}
-
 
 _NORMAL = {
     "[": "-lsb-",
@@ -146,20 +143,18 @@ _NORMAL = {
     "\u20ac": "$",
 }
 
-
-_LONGEST_KEPT = 40  # characters of a chunk whose words are remembered
-_LONGEST = 500  # characters that are read as one chunk
+_CACHED_LENGTH = 40  # characters of a chunk whose words are cached
+_CHUNK_LENGTH = 500  # characters; the time for a chunk grows with the square of its length
 _NEVER_SPACED = ("'s", "'m", "'d", "'re", "'ve", "'ll", "n't")
 _WRITTEN = {"-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "-lcb-": "{", "-rcb-": "}"}
 
 
 def tokenise(caption: str) -> list[str]:
-    """Split a caption into lower-case words, punctuation dropped, contractions split ("it's" ->
-    "it", "'s").
+    """Split a caption into lower-case words: "It's raining." -> "it", "'s", "raining".
 
-    Equal to what the COCO caption evaluation does (see this module's text for where not). The same
-    function prepares training captions, hypotheses and references, so no score depends on how a
-    caption happened to be punctuated.
+    Punctuation is dropped, as in the COCO caption evaluation (see the module's text for the
+    differences). Training captions, hypotheses and references are all split by this function, so
+    no score depends on punctuation.
     """
     text = caption.translate(_SAME_MARKS)
     if not text.isascii():
@@ -167,45 +162,40 @@ def tokenise(caption: str) -> list[str]:
     chunks = _SPACED.findall(text) if "<" in text else text.split()
     words: list[str] = []
     for i, chunk in enumerate(chunks):
-        # Only behind a period does it matter what comes next: "Sit with I. The dog" ends a
-        # sentence, "No. 5" does not.
+        # Only after a period the next chunk matters: "Sit with I. The dog" ends a sentence, "No. 5"
+        # does not.
         following = chunks[i + 1] if chunk[-1] == "." and i + 1 < len(chunks) else ""
-        if len(chunk) + len(following) <= _LONGEST_KEPT:
-            words += _remembered(chunk, following)
-        else:  # in parts, since the time for a chunk grows with the square of its length; no word is as long
-            for start in range(0, len(chunk), _LONGEST):
-                words += _words(chunk[start : start + _LONGEST], following[:_LONGEST])
+        if len(chunk) + len(following) <= _CACHED_LENGTH:
+            words += _cached_words(chunk, following)
+        else:
+            for start in range(0, len(chunk), _CHUNK_LENGTH):
+                words += _words(chunk[start : start + _CHUNK_LENGTH], following[:_CHUNK_LENGTH])
     return words
 
 
 def _words(chunk: str, following: str) -> tuple[str, ...]:
-    """Return the words of what stands between two spaces."""
-    normal = (_normalise(token) for token in _scan(f"{chunk} {following} ", len(chunk)))
-    return tuple(word for token in normal if token not in _DROPPED for word in token.split())
+    """Return the words of ``chunk``, which has no spaces around it."""
+    text, position, words = f"{chunk} {following} ", 0, []
+    while position < len(chunk):
+        matches = [match for rule in _COMPILED if (match := rule.match(text, position))]
+        longest = max(matches, key=lambda match: match.end())
+        token = _normalise(longest[1])
+        if token not in _DROPPED:
+            words += token.split()
+        position = longest.end(1)
+    return tuple(words)
 
 
-_remembered = functools.lru_cache(maxsize=1 << 16)(_words)
+_cached_words = functools.lru_cache(maxsize=1 << 16)(_words)
 
 
 def forget_words() -> None:
-    """Forget all words that were read, so that a benchmark's second run costs what its first one
-    did."""
-    _remembered.cache_clear()
-
-
-def _scan(text: str, end: int) -> Iterator[str]:
-    """Yield the tokens of ``text[:end]``: at each place the longest match, among equals that of the
-    first rule."""
-    place = 0
-    while place < end:
-        matches = [match for rule in _COMPILED if (match := rule.match(text, place))]
-        longest = max(matches, key=lambda match: match.end())
-        yield longest[1]
-        place = longest.end(1)
+    """Empty the cache of words, so that each run of a benchmark costs the same."""
+    _cached_words.cache_clear()
 
 
 def _normalise(token: str) -> str:
-    """Write a token as the Treebank does; what has no place in a caption becomes the empty string."""
+    """Write a token as the Treebank does; symbols without meaning in a caption become empty."""
     token = _NORMAL.get(token, token)
     if token.startswith("...") or not token.strip("\xad\ufe0e\ufe0f"):
         return ""
@@ -216,8 +206,7 @@ def _normalise(token: str) -> str:
 
 
 def join_words(words: Sequence[str]) -> str:
-    """Write words as a caption; what ``tokenise`` split off is attached again ("it", "'s" ->
-    "it's")."""
+    """Join words to a caption, contractions without a space: "it", "'s" -> "it's"."""
     text = ""
     for word in words:
         text += word if not text or word in _NEVER_SPACED else f" {_WRITTEN.get(word, word)}"

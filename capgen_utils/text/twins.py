@@ -1,9 +1,8 @@
-"""False twins of captions, made from their words alone: two colours swapped, a relation turned
-round.
+"""False twins of captions: two colours swapped, or a relation reversed (notebook 06).
 
-A caption and its twin hold almost the same words, so only who binds words to places and things can
-tell them apart: "a red circle left of a blue square" and "a blue circle left of a red square". They
-teach, and they measure (hard negatives as in arXiv 2210.01936).
+A caption and its twin hold almost the same words, so a model can only tell them apart if it binds
+words to positions and objects: "a red circle left of a blue square" and "a blue circle left of a
+red square". They serve as hard negatives in training and evaluation (arXiv 2210.01936).
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,6 @@ COLOURS = frozenset(
     )
 )
 
-
 _OPPOSITES = (
     ("left", "right"),
     ("above", "below"),
@@ -62,15 +60,13 @@ _OPPOSITES = (
     ("two", "three"),
 )
 
-
 OPPOSITE = {a: b for pair in _OPPOSITES for a, b in (pair, pair[::-1])}
 _PHRASES = "|".join(words for words in OPPOSITE if " " in words)
 _WORD = regex.compile(rf"\b(?:{_PHRASES})\b|[\p{{L}}\p{{N}}]+(?:[-'][\p{{L}}]+)*", regex.IGNORECASE)
 _ARTICLE = regex.compile(r"\b(a)n?(\s+)$", regex.IGNORECASE)
 
-
-# After a colour these name no thing, so nobody can say what has the colour.
-_NO_THING = frozenset(
+# After a colour these do not name an object, so it is unclear what has the colour.
+_NO_OBJECT = frozenset(
     (
         "a",
         "an",
@@ -107,11 +103,9 @@ _NO_THING = frozenset(
     )
 )
 
-
-# Words with a second sense are turned round only where a word before or after them shows the first:
-# in "right next to" there is no side, in "all over" nothing is above.
+# Words with a second sense are replaced only if a word before or after them shows the first sense:
+# "right next to" names no side, and in "all over" nothing is above.
 _DETERMINERS = frozenset(("the", "a", "an", "his", "her", "its", "their", "this", "some"))
-
 
 _SENSE: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "left": (
@@ -122,12 +116,11 @@ _SENSE: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "over": (frozenset(), _DETERMINERS),
 }
 
-
 _SAME_SENSE = {"right": "left", "down": "up"}
 
 
 class _Word(NamedTuple):
-    """A word of a caption, in lower case, and where it stands."""
+    """A word of a caption, in lower case, with its position."""
 
     text: str
     start: int
@@ -135,64 +128,51 @@ class _Word(NamedTuple):
 
 
 def hard_negatives(caption: str) -> list[str]:
-    """Return the false twins of ``caption``, each differing in one swap or one turn; often there
-    are none.
+    """Return the false twins of ``caption``, each with one change; often there are none.
 
-    - Two different colours change places, where each stands before a thing of its own: not in "a
-    black and white
-      dog", and not in "a black dog and a brown dog", whose twin would say the same. And so do the
-      two things.
+    - Two different colours are swapped if each describes an object of its own: not in "a black and
+      white dog", and not in "a black dog and a brown dog", whose twin would mean the same. In
+      another twin the two objects are swapped.
     - One word becomes its opposite: left and right, above and below, large and small, man and woman
-    ...
+      ...
     """
     words = [_Word(m.group().lower(), *m.span()) for m in _WORD.finditer(caption)]
-    return list(dict.fromkeys([*_swapped(caption, words), *_turned(caption, words)]))
+    return list(dict.fromkeys([*_swapped(caption, words), *_reversed(caption, words)]))
 
 
 def _swapped(caption: str, words: Sequence[_Word]) -> Iterator[str]:
-    things = {}
-    for place, (word, following) in enumerate(zip(words, words[1:], strict=False)):
-        thing = following.text.removesuffix("s")
-        apart = not caption[word.end : following.start].isspace()
-        if (
-            word.text in COLOURS
-            and not apart
-            and not {following.text, thing} & (COLOURS | _NO_THING)
-        ):
-            things[place] = thing
-    for first, second in combinations(things, 2):
-        if words[first].text == words[second].text or things[first] == things[second]:
+    """Yield twins with two colours or two objects swapped."""
+    objects = {}  # index of a colour -> the object after it, singular
+    for index, (word, following) in enumerate(zip(words, words[1:], strict=False)):
+        singular = following.text.removesuffix("s")
+        adjacent = caption[word.end : following.start].isspace()
+        is_object = not {following.text, singular} & (COLOURS | _NO_OBJECT)
+        if word.text in COLOURS and adjacent and is_object:
+            objects[index] = singular
+    for i, j in combinations(objects, 2):
+        if words[i].text == words[j].text or objects[i] == objects[j]:
             continue
-        yield _exchanged(caption, words[first], words[second])
-        one, two = words[first + 1], words[second + 1]
-        if one.text.endswith("s") == two.text.endswith("s"):  # "two black dogs" stay plural
-            yield _exchanged(caption, one, two)
+        pairs = [(words[i], words[j])]
+        if words[i + 1].text.endswith("s") == words[j + 1].text.endswith("s"):
+            pairs.append((words[i + 1], words[j + 1]))  # "two black dogs" stay plural
+        for first, second in pairs:
+            yield _replace(caption, (first, second.text), (second, first.text))
 
 
-def _exchanged(caption: str, one: _Word, two: _Word) -> str:
-    return _replace(caption, (one, two.text), (two, one.text))
-
-
-def _turned(caption: str, words: Sequence[_Word]) -> Iterator[str]:
-    for place, word in enumerate(words):
-        before = words[place - 1].text if place else ""
-        after = words[place + 1].text if place + 1 < len(words) else ""
-        if word.text in OPPOSITE and _is_meant(word.text, before, after):
-            yield _replace(caption, (word, OPPOSITE[word.text]))
-
-
-def _is_meant(word: str, before: str, after: str) -> bool:
-    """Whether a word's neighbours show the sense that has the opposite."""
-    shown_by = _SENSE.get(_SAME_SENSE.get(word, word))
-    return shown_by is None or before in shown_by[0] or after in shown_by[1]
+def _reversed(caption: str, words: Sequence[_Word]) -> Iterator[str]:
+    """Yield twins with one word replaced by its opposite."""
+    texts = ["", *(word.text for word in words), ""]
+    for word, before, after in zip(words, texts, texts[2:], strict=False):
+        if word.text in OPPOSITE:
+            senses = _SENSE.get(_SAME_SENSE.get(word.text, word.text))
+            if senses is None or before in senses[0] or after in senses[1]:
+                yield _replace(caption, (word, OPPOSITE[word.text]))
 
 
 def _replace(caption: str, *changes: tuple[_Word, str]) -> str:
-    """Return ``caption`` with other words in some places; capitals stay, and "a" and "an" fit the
-    new words."""
-    for word, text in sorted(
-        changes, key=lambda change: -change[0].start
-    ):  # from the end: the places before it stay right
+    """Return ``caption`` with words replaced; capitals stay, and "a" and "an" fit the new words."""
+    # from the end, so that the positions before stay right
+    for word, text in sorted(changes, key=lambda change: -change[0].start):
         before, after = caption[: word.start], caption[word.end :]
         if caption[word.start].isupper():
             text = text[0].upper() + text[1:]

@@ -1,4 +1,4 @@
-"""Every tokenizer by its kind: fit one on captions, or load it from a bundle."""
+"""Fit a tokenizer of any kind on captions, or load one from a bundle (notebooks 01, 06, 07)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -31,11 +31,11 @@ def fit_tokenizer(kind: str, captions: Iterable[str], min_count: int = 5) -> Tok
 
     Args:
         kind: ``word``, or a byte-pair family: ``clip`` or ``gpt2``.
-        captions: of the training split.
-        min_count: occurrences a word needs to enter a vocabulary of words.
+        captions: those of the training split.
+        min_count: occurrences that a word needs to enter a vocabulary of words.
 
     Raises:
-        CapGenError: no such kind, or no captions to learn from.
+        CapGenError: there is no such kind, or no text in the captions.
     """
     if kind == WordTokenizer.kind:
         return WordTokenizer.fit(captions, min_count)
@@ -43,16 +43,12 @@ def fit_tokenizer(kind: str, captions: Iterable[str], min_count: int = 5) -> Tok
 
 
 def token_rows(kept: Tokenizer, wanted: Tokenizer) -> list[int] | None:
-    """Return the row in the vocabulary ``kept`` of each token of ``wanted``; ``None`` where it is
-    no part of it."""
+    """Return the row in ``kept`` of each token of ``wanted``; ``None`` if ``kept`` lacks one."""
     if kept.to_json() == wanted.to_json():
         return list(range(len(kept)))
-    if (
-        isinstance(kept, BpeTokenizer)
-        and isinstance(wanted, BpeTokenizer)
-        and kept.family == wanted.family
-    ):
-        rows = {original: row for row, original in enumerate(kept.original_ids)}
-        if rows.keys() >= set(wanted.original_ids):
-            return [rows[original] for original in wanted.original_ids]
-    return None
+    if not (isinstance(kept, BpeTokenizer) and isinstance(wanted, BpeTokenizer)):
+        return None
+    rows = {original: row for row, original in enumerate(kept.original_ids)}
+    if kept.family != wanted.family or not rows.keys() >= set(wanted.original_ids):
+        return None
+    return [rows[original] for original in wanted.original_ids]

@@ -1,5 +1,4 @@
-"""From captions to token ids and back: one tokenisation for training and scoring, one interface for
-vocabularies."""
+"""The tokenizer interface, and the vocabulary of whole words (notebook 01)."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -11,14 +10,14 @@ from capgen_utils.text.ptb import join_words, tokenise
 
 
 class Tokenizer(ABC):
-    """What a captioner needs to know of a vocabulary.
+    """From captions to token ids and back.
 
     Attributes:
-        kind: what ``tokenizer.json`` calls this sort of tokenizer.
-        pad_id, start_id, end_id: ids of the special tokens. Padding differs from both others; start
-            may equal end, where the model only knows a token between texts (GPT-2).
-        banned_ids: ids that decoding never emits (padding, ``<unk>``, and start where it is not the
-            end token).
+        kind: names this kind of tokenizer in ``tokenizer.json``.
+        pad_id, start_id, end_id: ids of the special tokens. Padding differs from the other two.
+            Start and end are the same token if the model only has one between texts (GPT-2).
+        banned_ids: ids that decoding never generates: padding, ``<unk>``, and start unless it is
+            the end token.
     """
 
     kind: str
@@ -33,25 +32,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, caption: str, max_length: int | None = None) -> list[int]:
-        """Return ids with start and end token; a longer caption loses words, never its end token."""
+        """Return ids with start and end token; a caption that is too long loses its last words."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ``ids``; special tokens are left out and the end token ends it."""
+        """Return the text of ``ids`` up to the end token, without special tokens."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """Return what ``tokenizer.json`` of a bundle holds."""
+        """Return the content of a bundle's ``tokenizer.json``."""
 
     def words(self, ids: Iterable[int]) -> list[str]:
-        """Return one string a token, special tokens left out: what an attention map is labelled
-        with."""
+        """Return one string per token without the special ones, as labels of attention maps."""
         return [self.decode([i]) for i in ids if i not in (self.pad_id, self.start_id, self.end_id)]
 
 
 class WordTokenizer(Tokenizer):
-    """A vocabulary of whole words. ``<unk>`` stands for rare words while reading and is never
-    generated."""
+    """A vocabulary of whole words; ``<unk>`` replaces rare words and is never generated."""
 
     kind = "word"
     specials = ("<pad>", "<start>", "<end>", "<unk>")
@@ -60,35 +57,33 @@ class WordTokenizer(Tokenizer):
         self.vocabulary = [*self.specials, *words]
         if len(set(self.vocabulary)) != len(self.vocabulary):
             raise CapGenError(
-                "the vocabulary holds a word twice",
+                "a word occurs twice in the vocabulary",
                 "the tokenizer file is damaged: get the bundle again",
             )
-        # Special tokens are not in it: a caption that spells one holds an unknown word.
+        # without the special tokens: a caption that spells one holds an unknown word
         self._ids = {word: i for i, word in enumerate(words, len(self.specials))}
         self.pad_id, self.start_id, self.end_id, self.unk_id = range(len(self.specials))
         self.banned_ids = (self.pad_id, self.start_id, self.unk_id)
 
     @classmethod
     def fit(cls, captions: Iterable[str], min_count: int = 5) -> "WordTokenizer":
-        """Build the vocabulary from training captions: every word that occurs ``min_count`` times
-        or more.
+        """Build the vocabulary from the words that occur at least ``min_count`` times.
 
-        Words are sorted by falling frequency, then by spelling, so the ids do not depend on caption
-        order.
+        Words are sorted by falling frequency, then by spelling, so ids do not depend on the order
+        of the captions.
 
         Raises:
             CapGenError: no word is frequent enough.
         """
         counts = Counter(word for caption in captions for word in tokenise(caption))
-        kept = [
-            (-n, word) for word, n in counts.items() if n >= min_count and word not in cls.specials
-        ]
+        frequent = {word for word, count in counts.items() if count >= min_count}
+        kept = sorted(frequent - set(cls.specials), key=lambda word: (-counts[word], word))
         if not kept:
             raise CapGenError(
                 f"no word occurs {min_count} times in the training captions",
                 "lower min_count (--min-count), or check that the captions file is the right one",
             )
-        return cls([word for _, word in sorted(kept)])
+        return cls(kept)
 
     def __len__(self) -> int:
         """Return the number of words and special tokens."""
@@ -120,7 +115,7 @@ class WordTokenizer(Tokenizer):
         """Rebuild a vocabulary from ``to_json``.
 
         Raises:
-            CapGenError: the words are none, or one stands twice.
+            CapGenError: there is no list of words, or a word occurs twice.
         """
         words = value.get("words")
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):

@@ -1,4 +1,4 @@
-"""CLIP image towers: published ones and the small one trained here (notebook 06)."""
+"""CLIP's image half as an encoder (notebook 06): a published one, or a small one trained here."""
 
 import math
 from collections.abc import Mapping
@@ -6,8 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 from torch.nn import functional as F
 
 from capgen_utils.common.compat import import_torchvision
@@ -17,17 +16,31 @@ from capgen_utils.config import SMALL_CLIP, SmallClipConfig, from_dict
 from capgen_utils.vision.encoder import FOLDER_REMEDY, Encoder
 from capgen_utils.vision.preprocessing import Preprocessing
 
+CLIPS: dict[str, dict[str, tuple[int, ...]]] = {  # published ones -> shapes of their outputs
+    "clip-vit-base-patch32": {"embedding": (512,), "grid": (50, 768)},
+    "clip-vit-large-patch14": {"embedding": (768,), "grid": (257, 1024)},
+}
+CLIP_PREPROCESSING = Preprocessing(
+    224, "crop", mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
+)
+CLIP_REMEDY = (
+    "provide CLIP in one of three ways: (1) connect to the network once, so that it can be "
+    "downloaded from the hub; (2) name a local folder in the hub's layout (--encoder-weights "
+    "FOLDER); (3) use the small CLIP that is trained here (capgen pretrain): --encoder small_clip"
+)
+# transformers' fused attention is much slower on CPUs when it runs backwards in bfloat16.
+ATTENTION = "eager"
+
 
 class ClipVision(Encoder):
-    """CLIP's image half (arXiv 2103.00020): a vision transformer whose class token is projected
-    into the shared space.
+    """CLIP's image half (arXiv 2103.00020): a vision transformer with a projected class token.
 
-    It looks at pixels or, as the small one that is trained here does, at the grid of a frozen stem:
-    to the library's code that grid is a picture of 7 x 7 pixels, say, with 1280 channels, cut into
-    patches.
+    It reads pixels, or like the small CLIP that is trained here the grid of a frozen stem. For
+    transformers that grid is an image, of 7 x 7 pixels with 1280 channels for example, which is cut
+    into patches.
 
-    Outputs: ``embedding`` (E,), of length 1, and ``grid`` (1 + N, D), the last hidden states, class
-    token first.
+    Outputs: ``embedding`` (E,) of length 1, and ``grid`` (1 + N, D), the last hidden states with
+    the class token first.
     """
 
     def __init__(
@@ -51,23 +64,25 @@ class ClipVision(Encoder):
         """Encode ``pixels`` (B, size, size, 3), values 0 to 255."""
         if self.stem is not None:
             return self.from_stem(self.stem(pixels)["grid"])
-        images = pixels.permute(0, 3, 1, 2).float() / 255
-        return self.look((images - self.mean) / self.std)
+        return self.look(self.normalise(pixels))
 
     def from_stem(self, grid: Tensor) -> dict[str, Tensor]:
-        """Encode the stem's ``grid`` (B, N, D), computed just now or read from a cache: both give
-        the same.
+        """Encode the stem's ``grid`` (B, N, D), just computed or read from a cache.
 
-        So it is rounded to float16, as a cache keeps it, and what follows is computed in float32.
+        Both give the same result: the grid is rounded to float16, as in a cache, and the rest is
+        computed in float32.
         """
-        with torch.autocast(grid.device.type, enabled=False):
+        with autocast(grid.device.type, enabled=False):
             return self.look(as_picture(grid.half().float()))
 
     def look(self, picture: Tensor) -> dict[str, Tensor]:
         """Encode ``picture`` (B, channels, side, side): normalised pixels, or the stem's grid."""
-        seen = self.trunk["vision_model"](pixel_values=picture)
-        embedding = self.trunk["visual_projection"](seen.pooler_output)
-        return {"embedding": F.normalize(embedding.float(), dim=-1), "grid": seen.last_hidden_state}
+        states = self.trunk["vision_model"](pixel_values=picture)
+        embedding = self.trunk["visual_projection"](states.pooler_output)  # (B, E)
+        return {
+            "embedding": F.normalize(embedding.float(), dim=-1),
+            "grid": states.last_hidden_state,
+        }
 
 
 def as_picture(grid: Tensor) -> Tensor:
@@ -76,9 +91,46 @@ def as_picture(grid: Tensor) -> Tensor:
     return grid.transpose(1, 2).unflatten(2, (side, side))
 
 
-# Which of the library's ways to compute attention: backwards in bfloat16, its fused one is much
-# slower on processors.
-ATTENTION = "eager"
+# --- a published CLIP
+
+
+def clip_vision(name: str, weights: Path | None = None) -> Encoder:
+    """Return the image half of a published CLIP.
+
+    Args:
+        name: a key of ``CLIPS``.
+        weights: a local folder in the hub's layout; by default the model is taken from the hub.
+
+    Raises:
+        CapGenError: the weights can be neither found nor downloaded; names the three ways to
+            provide them.
+    """
+    import_torchvision()
+    from transformers import CLIPModel
+
+    source = weights or f"openai/{name}"
+    encoder = published_clip(load_pretrained(CLIPModel, source, CLIP_REMEDY), name)
+    require_clip(encoder, name, source)
+    return encoder
+
+
+def published_clip(clip: Any, name: str) -> ClipVision:
+    """Return the image half of ``clip``, a ``CLIPModel`` of transformers, as an encoder."""
+    preprocessing = replace(CLIP_PREPROCESSING, size=clip.config.vision_config.image_size)
+    return ClipVision(name, clip.vision_model, clip.visual_projection, preprocessing)
+
+
+def require_clip(encoder: Encoder, name: str, source: str | Path | None) -> None:
+    """Refuse any other CLIP than the published one ``name``.
+
+    Raises:
+        CapGenError: the model from ``source`` has other outputs.
+    """
+    if encoder.outputs != CLIPS[name]:
+        raise CapGenError(f"{source} is a CLIP, but not {name}", CLIP_REMEDY)
+
+
+# --- the small CLIP that is trained here
 
 
 def small_clip_config(settings: Any) -> SmallClipConfig:
@@ -87,28 +139,28 @@ def small_clip_config(settings: Any) -> SmallClipConfig:
     Raises:
         CapGenError: unknown or impossible values.
     """
-    sizes = from_dict(
-        SmallClipConfig, settings if isinstance(settings, dict) else {"settings": settings}
-    )
-    for tower in ("vision", "text"):
-        width, heads = getattr(sizes, f"{tower}_width"), getattr(sizes, f"{tower}_heads")
-        layers = getattr(sizes, f"{tower}_layers")
-        if not (0 < heads <= width <= 4096 and width % heads == 0 and 0 < layers <= 64):
-            raise CapGenError(f"a small CLIP of {sizes} is not possible", FOLDER_REMEDY)
-    if not (0 < sizes.embed_size <= 4096 and 2 < sizes.seq_len <= 1024):
+    values = settings if isinstance(settings, dict) else {"settings": settings}
+    sizes = from_dict(SmallClipConfig, values)
+    possible = 0 < sizes.embed_size <= 4096 and 2 < sizes.seq_len <= 1024
+    for width, heads, layers in (
+        (sizes.vision_width, sizes.vision_heads, sizes.vision_layers),
+        (sizes.text_width, sizes.text_heads, sizes.text_layers),
+    ):
+        possible &= 0 < heads <= width <= 4096 and width % heads == 0 and 0 < layers <= 64
+    if not possible:
         raise CapGenError(f"a small CLIP of {sizes} is not possible", FOLDER_REMEDY)
     return sizes
 
 
 def small_vision_config(sizes: SmallClipConfig, stem: Encoder) -> dict[str, Any]:
-    """Return the library's configuration of a vision tower that looks at the stem's grid.
+    """Return transformers' configuration of a vision tower that reads the stem's grid.
 
     Raises:
         CapGenError: the stem's grid is not square, or cannot be cut into such patches.
     """
-    places, depth = stem.outputs.get("grid", (0, 0))
-    side = math.isqrt(places)
-    if not places or side * side != places or not 0 < sizes.patch <= side or side % sizes.patch:
+    cells, channels = stem.outputs.get("grid", (0, 0))
+    side = math.isqrt(cells)
+    if not cells or side * side != cells or not 0 < sizes.patch <= side or side % sizes.patch:
         raise CapGenError(
             f"{stem.name} has no square grid that can be cut into patches of {sizes.patch}",
             "choose another encoder",
@@ -119,7 +171,7 @@ def small_vision_config(sizes: SmallClipConfig, stem: Encoder) -> dict[str, Any]
         "num_hidden_layers": sizes.vision_layers,
         "num_attention_heads": sizes.vision_heads,
         "projection_dim": sizes.embed_size,
-        "num_channels": depth,
+        "num_channels": channels,
         "image_size": side,
         "patch_size": sizes.patch,
     }
@@ -131,71 +183,14 @@ def new_small_clip(sizes: SmallClipConfig, stem: Encoder) -> ClipVision:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     settings = small_vision_config(sizes, stem) | {"attn_implementation": ATTENTION}
-    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings))
-    return small_clip(tower, sizes, stem)
+    return small_clip(CLIPVisionModelWithProjection(CLIPVisionConfig(**settings)), sizes, stem)
 
 
-def small_clip(halves: Any, sizes: SmallClipConfig, stem: Encoder) -> ClipVision:
-    """Return the image half of ``halves``, one of the library's CLIP models, as an encoder.
+def small_clip(clip: Any, sizes: SmallClipConfig, stem: Encoder) -> ClipVision:
+    """Return the image half of ``clip``, a CLIP of transformers, as an encoder on ``stem``.
 
-    The name says what it sees through: "small_clip on efficientnet_lite0".
+    Its name tells the stem: "small_clip on efficientnet_lite0".
     """
     name = f"{SMALL_CLIP} on {stem.name}"
-    return ClipVision(
-        name, halves.vision_model, halves.visual_projection, stem.preprocessing, asdict(sizes), stem
-    )
-
-
-CLIP_PREPROCESSING = Preprocessing(
-    224, "crop", mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
-)
-
-
-CLIPS: dict[str, dict[str, tuple[int, ...]]] = {
-    "clip-vit-base-patch32": {"embedding": (512,), "grid": (50, 768)},
-    "clip-vit-large-patch14": {"embedding": (768,), "grid": (257, 1024)},
-}
-
-
-CLIP_REMEDY = (
-    "provide CLIP in one of three ways: (1) connect to the network once, so that it can be fetched from the hub; "
-    "(2) name a local folder in the hub's layout (--encoder-weights FOLDER); "
-    "(3) use the small CLIP that is trained here (capgen pretrain): --encoder small_clip"
-)
-
-
-def clip_vision(name: str, weights: Path | None = None) -> Encoder:
-    """Return the image half of a published CLIP.
-
-    Args:
-        name: a key of ``CLIPS``.
-        weights: a local folder in the hub's layout; else the hub's own is taken.
-
-    Raises:
-        CapGenError: the weights can be neither found nor downloaded; names the three ways to
-            provide them.
-    """
-    import_torchvision()
-    from transformers import CLIPModel
-
-    source = weights or f"openai/{name}"
-    halves = load_pretrained(CLIPModel, source, CLIP_REMEDY)  # the text half is dropped
-    encoder = published_clip(halves, name)
-    require_clip(encoder, name, source)
-    return encoder
-
-
-def require_clip(encoder: Encoder, name: str, source: str | Path | None) -> None:
-    """Refuse another CLIP in the place of the published one ``name``.
-
-    Raises:
-        CapGenError: what was found in ``source`` has other outputs.
-    """
-    if encoder.outputs != CLIPS[name]:
-        raise CapGenError(f"{source} is a CLIP, but not {name}", CLIP_REMEDY)
-
-
-def published_clip(halves: Any, name: str) -> ClipVision:
-    """Return the image half of ``halves``, the library's ``CLIPModel``, as an encoder of pixels."""
-    preprocessing = replace(CLIP_PREPROCESSING, size=halves.config.vision_config.image_size)
-    return ClipVision(name, halves.vision_model, halves.visual_projection, preprocessing)
+    vision, projection = clip.vision_model, clip.visual_projection
+    return ClipVision(name, vision, projection, stem.preprocessing, asdict(sizes), stem)

@@ -1,5 +1,4 @@
-"""CLIP: images and texts in one space (arXiv 2103.00020); a published one, or a small one that is
-trained here."""
+"""CLIP (arXiv 2103.00020) puts images and texts into one space (notebook 06)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,23 +32,22 @@ from capgen_utils.vision.clip import (
 from capgen_utils.vision.encoder import Encoder, hash_tensors
 from capgen_utils.vision.encoders import load_encoder_folder, save_encoder
 
-TEXTS = 256  # read together
+TEXT_BATCH = 256
+SHARPNESS = 2.0  # factor on the text half's initial attention weights
 _REMEDY = "copy the whole folder again, or train it again (capgen pretrain)"
 
 
 class DualEncoder(nn.Module):
-    """A CLIP: an image half and a text half whose outputs are vectors of length 1 in the same
-    space.
+    """A CLIP: an image half and a text half whose outputs are unit vectors in the same space.
 
-    What an image shows and what a text says is compared by the angle between their vectors, so one
-    can be searched with the other, a caption judged, and an image classified by sentences.
+    The angle between two vectors compares an image with a text. So one can be searched with the
+    other, a caption judged, and an image classified by sentences.
 
     Args:
-        clip: the library's ``CLIPModel``.
+        clip: a ``CLIPModel`` of transformers.
         images: its image half as an encoder; shares its weights.
         tokenizer: of the text half.
-        source: where a published CLIP came from: its name on the hub, or a folder; ``None`` for one
-            trained here.
+        source: of a published CLIP, its name on the hub or its folder; ``None`` if trained here.
 
     Attributes:
         clip, images, tokenizer, source: see above.
@@ -66,7 +64,7 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def new(cls, sizes: SmallClipConfig, stem: Encoder, tokenizer: Tokenizer) -> "DualEncoder":
-        """Return an untrained small CLIP that looks at the grid of ``stem``.
+        """Return an untrained small CLIP that reads the grid of ``stem``.
 
         Raises:
             CapGenError: the stem has no square grid.
@@ -100,38 +98,37 @@ class DualEncoder(nn.Module):
     def from_pretrained(
         cls, source: str | Path, tokenizer: Tokenizer | None = None
     ) -> "DualEncoder":
-        """Load a CLIP that was published: from a local folder in the hub's layout, or by its name
-        on the hub.
+        """Load a published CLIP from a local folder in the hub's layout, or by its name on the hub.
 
         Args:
             source: a folder, or a name such as ``openai/clip-vit-base-patch32``.
             tokenizer: of the text half; by default CLIP's whole table.
 
         Raises:
-            CapGenError: it can be neither found nor downloaded, or is no CLIP; names the three ways
-                to provide one.
+            CapGenError: it can be neither found nor downloaded, or is not a CLIP; names the three
+                ways to provide one.
         """
         import_torchvision()
         from transformers import CLIPModel
 
         clip = load_pretrained(CLIPModel, source, CLIP_REMEDY)
         if tokenizer is None:
-            has_table = (Path(source) / "merges.txt").is_file()
-            tokenizer = BpeTokenizer.full("clip", Path(source) if has_table else None, clean=False)
-        if clip.config.text_config.vocab_size != len(tokenizer):
+            folder = Path(source) if (Path(source) / "merges.txt").is_file() else None
+            tokenizer = BpeTokenizer.full("clip", folder, clean=False)
+        size = clip.config.text_config.vocab_size
+        if size != len(tokenizer):
             raise CapGenError(
-                f"{source} reads {clip.config.text_config.vocab_size} tokens, and there are {len(tokenizer)}",
-                CLIP_REMEDY,
+                f"{source} reads {size} tokens, but the tokenizer has {len(tokenizer)}", CLIP_REMEDY
             )
         return cls(clip, published_clip(clip, Path(source).name), tokenizer, str(source))
 
     @classmethod
     def published(cls, name: str, weights: Path | None = None) -> "DualEncoder":
-        """Load the published CLIP ``name``, a key of ``encoders.CLIPS``.
+        """Load the published CLIP ``name``, a key of ``clip.CLIPS``.
 
         Args:
-            name: what its image half is called too, wherever the weights come from.
-            weights: a local folder in the hub's layout; else the hub's own is taken.
+            name: also names the image half, wherever the weights come from.
+            weights: a local folder in the hub's layout; by default the model is taken from the hub.
 
         Raises:
             CapGenError: it can be neither found nor downloaded, or is another CLIP.
@@ -145,12 +142,12 @@ class DualEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the weights."""
         return self.clip.logit_scale.device
 
     @property
     def name(self) -> str:
-        """What results call it: "small_clip on efficientnet_lite0"."""
+        """Its name in results: "small_clip on efficientnet_lite0"."""
         return self.images.name
 
     @torch.no_grad()
@@ -160,60 +157,55 @@ class DualEncoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
     ) -> Tensor:
-        """Encode photographs into vectors (B, E) of length 1, on the CPU.
+        """Encode images into vectors (B, E) of length 1, on the CPU.
 
         Args:
             images: a path, PIL image, array (H, W, 3) or torch tensor (3, H, W), or a sequence of
                 them; also a tensor (B, 3, H, W). Numbers are uint8, or float from 0 to 1.
-            dtype: compute dtype of the image half, or of its stem where it has one.
+            dtype: compute dtype of the image half, or of its stem if it has one.
             batch_size: images that are encoded together.
 
         Raises:
             CapGenError: an image cannot be read.
         """
         many: Sequence[Any] = images if is_many(images) else [images]  # type: ignore[assignment]
-        found = [torch.empty(0, self.images.outputs["embedding"][0])]
+        vectors = [torch.empty(0, self.images.outputs["embedding"][0])]
         for start in range(0, len(many), batch_size):
-            part = many[start : start + batch_size]
-            pixels = torch.from_numpy(
-                np.stack([self.images.preprocessing(open_image(image)) for image in part])
-            )
+            opened = map(open_image, many[start : start + batch_size])
+            pixels = torch.from_numpy(np.stack([self.images.preprocessing(i) for i in opened]))
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                found.append(self.images(pixels.to(self.device))["embedding"].float().cpu())
-        return torch.cat(found)
+                vectors.append(self.images(pixels.to(self.device))["embedding"].float().cpu())
+        return torch.cat(vectors)
 
     @torch.no_grad()
     def embed_grid(self, grid: Tensor) -> Tensor:
-        """Encode the stem's grid (B, N, D), as a cache holds it, into vectors (B, E) of length 1,
-        on the CPU."""
+        """Encode the stem's cached grid (B, N, D) into vectors (B, E) of length 1, on the CPU."""
         return self.images.from_stem(grid.to(self.device))["embedding"].cpu()
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Encode ``texts`` into vectors (n, E) of length 1, on the CPU; long ones are cut at the
-        longest possible."""
-        found = [torch.empty(0, self.images.outputs["embedding"][0])]
-        for start in range(0, len(texts), TEXTS):
-            tokens = self.tokens(texts[start : start + TEXTS])
-            found.append(self.read(tokens.to(self.device)).cpu())
-        return torch.cat(found)
+        """Encode texts into vectors (n, E) of length 1, on the CPU; too long texts are cut."""
+        vectors = [torch.empty(0, self.images.outputs["embedding"][0])]
+        for start in range(0, len(texts), TEXT_BATCH):
+            tokens = self.tokens(texts[start : start + TEXT_BATCH])
+            vectors.append(self.read(tokens.to(self.device)).cpu())
+        return torch.cat(vectors)
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
-        """Return token ids (n, T) of ``texts``, each with its start and end token, then padding."""
+        """Return token ids (n, T) of ``texts``, each with start and end token, then padding."""
         longest = self.clip.config.text_config.max_position_embeddings
         return pad([self.tokenizer.encode(text, longest) for text in texts], self.tokenizer.pad_id)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Encode token ids (M, T) into vectors (M, E) of length 1: the end token's, which has seen
-        all before it.
+        """Encode token ids (M, T) into vectors (M, E) of length 1.
 
-        The place of the end token is found here: for a table whose end token has the id 2, which
-            the first
-        configurations of CLIP named by mistake, the library would look for the highest id instead.
+        The vector is that of the end token, which has attended to all others. Its position is
+        computed here: for a table whose end token has the id 2, which CLIP's first configurations
+        named by mistake, transformers would look for the highest id instead.
         """
-        hidden = self.clip.text_model(input_ids=tokens).last_hidden_state
+        hidden = self.clip.text_model(input_ids=tokens).last_hidden_state  # (M, T, D)
         ends = (tokens != self.tokenizer.pad_id).sum(1) - 1
-        last = hidden[torch.arange(len(tokens), device=tokens.device), ends]
+        last = hidden[torch.arange(len(tokens), device=tokens.device), ends]  # (M, D)
         return F.normalize(self.clip.text_projection(last).float(), dim=-1)
 
     # --- comparing
@@ -223,21 +215,19 @@ class DualEncoder(nn.Module):
         return images @ texts.T
 
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Return the cosines over the learned temperature (B, M); a softmax of them says which
-        belongs to which."""
+        """Return the cosines divided by the learned temperature (B, M), ready for a softmax."""
         return self.similarity(images, texts) * self.clip.logit_scale.exp().to(images.device)
 
     @torch.no_grad()
     def classify(
         self, images: Tensor, labels: Sequence[str], prompts: Sequence[str] = ("a photo of a {}",)
     ) -> Tensor:
-        """Classify without training for it (zero-shot): a class is the mean of what the prompts say
-        of it.
+        """Classify without training (zero-shot): a class is the mean vector of its prompts.
 
         Args:
             images: vectors (B, E).
             labels: names of the classes.
-            prompts: sentences with ``{}`` in the place of the label.
+            prompts: sentences with ``{}`` for the label.
 
         Returns:
             Probabilities (B, classes).
@@ -249,16 +239,12 @@ class DualEncoder(nn.Module):
     # --- on disk
 
     def _text_half(self) -> dict[str, Tensor]:
-        images = {"vision_model", "visual_projection"}
-        return {
-            key: value
-            for key, value in self.clip.state_dict().items()
-            if key.split(".")[0] not in images
-        }
+        tensors = self.clip.state_dict()
+        vision = ("vision_model.", "visual_projection.")
+        return {key: value for key, value in tensors.items() if not key.startswith(vision)}
 
     def text_hash(self) -> str:
-        """Return a hash (16 hexadecimal digits) of the text half's weights, the temperature
-        included."""
+        """Return a hash (16 hexadecimal digits) of the text half's weights and the temperature."""
         return hash_tensors(self._text_half())
 
     def weights_hash(self) -> str:
@@ -266,17 +252,14 @@ class DualEncoder(nn.Module):
         return fingerprint([self.images.weights_hash(), self.text_hash()])
 
     def describe(self) -> dict[str, Any]:
-        """Return what its folder and a result say of it: the image half's description, and the text
-        half's."""
-        return self.images.describe() | {
-            "text": {"weights_hash": self.text_hash(), "source": self.source}
-        }
+        """Return the description that its folder and results hold: image half, then text half."""
+        text = {"weights_hash": self.text_hash(), "source": self.source}
+        return self.images.describe() | {"text": text}
 
     def save(self, folder: Path) -> None:
-        """Write it as a folder, in one atomic step: that of its image half as an encoder, and two
-        files more.
+        """Write a folder in one atomic step: the image half as an encoder, and two more files.
 
-        Of a published CLIP only its source is written.
+        Of a published CLIP only the source is written.
 
         Raises:
             CapGenError: the folder cannot be written.
@@ -291,14 +274,13 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, weights: Path | None = None) -> "DualEncoder":
-        """Load what ``save`` wrote. It is data, never code: names, shapes and sizes are checked
-        before use.
+        """Load what ``save`` wrote: data, never code; names, shapes and sizes are checked first.
 
         Args:
             folder: holds ``config.json``, ``model.safetensors``, ``text.safetensors``,
-                ``tokenizer.json`` and, where the stem is not public, ``stem/``.
-            weights: a local weights file of the stem, or folder of a published CLIP, where it
-                cannot be downloaded.
+                ``tokenizer.json`` and, if the stem is not public, ``stem/``.
+            weights: a local weights file of the stem, or folder of a published CLIP, if it cannot
+                be downloaded.
 
         Raises:
             CapGenError: a file is missing or damaged, or they do not fit together.
@@ -308,17 +290,16 @@ class DualEncoder(nn.Module):
             raise CapGenError(
                 f"there is no folder {folder} with a dual encoder", "train one: capgen pretrain"
             )
-        described = read_json(folder / "config.json", _REMEDY)
-        text = described.get("text") if isinstance(described, dict) else None
+        description = read_json(folder / "config.json", _REMEDY)
+        text = description.get("text") if isinstance(description, dict) else None
         if not isinstance(text, dict):
             raise CapGenError(f"{folder} holds no dual encoder", _REMEDY)
         if isinstance(text.get("source"), str):
             dual = cls.from_pretrained(weights or text["source"])
         else:
             dual = cls._load_small(folder, load_encoder_folder(folder, weights))
-        if dual.text_hash() != text.get(
-            "weights_hash"
-        ) or dual.images.weights_hash() != described.get("weights_hash"):
+        hashes = (dual.text_hash(), dual.images.weights_hash())
+        if hashes != (text.get("weights_hash"), description.get("weights_hash")):
             raise CapGenError(
                 f"{folder}: the weights are not those that config.json describes", _REMEDY
             )
@@ -331,14 +312,12 @@ class DualEncoder(nn.Module):
         sizes = small_clip_config(images.settings)
         tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json", _REMEDY))
         with torch.device("meta"):  # shapes first: nothing is allocated for weights that do not fit
-            shapes = {
-                k: v.shape for k, v in cls.new(sizes, images.stem, tokenizer)._text_half().items()
-            }
+            text_half = cls.new(sizes, images.stem, tokenizer)._text_half()
+        shapes = {key: value.shape for key, value in text_half.items()}
         tensors = read_tensors(folder / "text.safetensors", shapes, _REMEDY)
         dual = cls.new(sizes, images.stem, tokenizer)
-        dual.clip.load_state_dict(
-            images.trunk.state_dict() | {k: v.float() for k, v in tensors.items()}
-        )
+        text = {key: value.float() for key, value in tensors.items()}
+        dual.clip.load_state_dict(images.trunk.state_dict() | text)
         dual.images.training_run = images.training_run
         return dual
 
@@ -351,29 +330,24 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     return tokens
 
 
-SHARP = 2.0  # factor of the library's standard deviations
-
-
 @torch.no_grad()
 def _initialise(clip: Any) -> None:
-    """Let words, image vectors and their places start at about unit size, and the reader's
-    attention start out sharp.
+    """Start words, image vectors and positions at about unit size, and text attention sharp.
 
-    CLIP's own beginning suits 12 layers and millions of pairs. With places of a fiftieth of unit
-    size it learns what is in an image long before it learns where. And a reader whose heads begin
-    by looking at all words alike learns late which colour was said of which thing.
+    CLIP's own initialisation suits 12 layers and millions of pairs. With positions of a fiftieth of
+    unit size, it learns the objects of an image long before their positions. And heads that begin
+    by attending to all words alike learn late which colour belongs to which object.
     """
     text, vision = clip.text_model.embeddings, clip.vision_model.embeddings
     text.token_embedding.weight.normal_()
-    places, width = text.position_embedding.weight.shape
-    text.position_embedding.weight.copy_(sinusoids(torch.arange(places), width))
+    positions, width = text.position_embedding.weight.shape
+    text.position_embedding.weight.copy_(sinusoids(torch.arange(positions), width))
     patches = vision.patch_embedding.weight
     patches.normal_(std=patches[0].numel() ** -0.5)
-    places, width = vision.position_embedding.weight.shape
-    vision.position_embedding.weight[1:] = grid_sinusoids(
-        places - 1, width
-    )  # the first place is the class token's
+    positions, width = vision.position_embedding.weight.shape
+    # the first position is the class token's
+    vision.position_embedding.weight[1:] = grid_sinusoids(positions - 1, width)
     for layer in clip.text_model.encoder.layers:
-        own = layer.self_attn
-        for projection in (own.q_proj, own.k_proj, own.v_proj, own.out_proj):
-            projection.weight.mul_(SHARP)
+        attention = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            getattr(attention, name).weight.mul_(SHARPNESS)

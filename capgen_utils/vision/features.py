@@ -1,5 +1,4 @@
-"""The feature cache: every image is encoded once, streamed to disk in float16 and read back
-memory-mapped."""
+"""The feature cache (notebook 02): each image is encoded once, and read back memory-mapped."""
 
 import io
 import json
@@ -7,7 +6,6 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,24 +31,22 @@ from capgen_utils.data.manifest import Manifest
 from capgen_utils.vision.encoder import Encoder
 
 FORMAT = 1
-DECODERS = 2  # threads that decode JPEGs while the encoder computes
+DECODERS = 2  # threads that decode images while the encoder computes
 PREFETCH = 4  # decoded batches that may wait for the encoder
 
-
-_Batch = tuple[
-    list[str], np.ndarray, dict[str, str]
-]  # names, an array with a row for each, unreadable ones and why
+# Names of images, an array with a row for each, and the unreadable ones with the reason.
+_Batch = tuple[list[str], np.ndarray, dict[str, str]]
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Features of a list of images, one row an image.
+    """Features of a list of images, one row per image.
 
     Attributes:
         path: the ``.npy`` file.
         names: image names; ``names[i]`` belongs to row i.
         array: float16 (images, *shape), memory-mapped, read-only.
-        failed: images that could not be read -> reason; they have no row worth using.
+        failed: images that could not be read -> reason; their rows are NaN.
     """
 
     path: Path
@@ -66,7 +62,7 @@ class FeatureCache:
         """Return the features of ``names`` as a float16 tensor (len(names), *shape).
 
         Raises:
-            CapGenError: an image that has no features.
+            CapGenError: an image has no features.
         """
         missing = [name for name in names if name not in self.index or name in self.failed]
         if missing:
@@ -84,12 +80,11 @@ class FeatureCache:
 def encode_images(
     encoder: Encoder, images: Sequence[Any], dtype: torch.dtype, flip: bool = False
 ) -> dict[str, Tensor]:
-    """Encode decoded images: the one way from pixels to features, for the cache and for fresh
-    photographs.
+    """Encode images, as the cache does for whole data sets.
 
     Args:
         encoder: on its device.
-        images: anything ``images.open_image`` takes.
+        images: each as ``images.open_image`` takes it.
         dtype: compute dtype; bf16 and fp16 run under autocast.
 
     Returns:
@@ -102,8 +97,7 @@ def encode_images(
 @torch.inference_mode()
 def _run(encoder: Encoder, pixels: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
     device = encoder.mean.device
-    reduced = dtype != torch.float32
-    with torch.autocast(device.type, dtype=dtype) if reduced else nullcontext():
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         outputs = encoder(torch.from_numpy(pixels).to(device))
     return {name: value.to(torch.float16).cpu() for name, value in outputs.items()}
 
@@ -111,9 +105,9 @@ def _run(encoder: Encoder, pixels: np.ndarray, dtype: torch.dtype) -> dict[str, 
 def cache_key(
     manifest: Manifest, encoder: Encoder, output: str, flip: bool, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return everything the features depend on; its fingerprint names the cache file.
+    """Return all that the features depend on; its fingerprint is part of the cache's file name.
 
-    The size of each image file is part of it, so a replaced photograph makes the old cache unfit.
+    The size of each image file is included, so that a replaced image makes the old cache stale.
     """
     key = {
         "format": FORMAT,
@@ -149,14 +143,14 @@ def extract(
     device: torch.device | None = None,
     batch_size: int = 32,
 ) -> FeatureCache:
-    """Return the features of every image of ``manifest``, from the cache where it holds them.
+    """Return the features of every image of ``manifest``, from the cache if it holds them.
 
-    A missing cache is written row by row beside its final name; a killed run goes on where it
-    stopped. Images that cannot be read are counted, reported and marked, not fatal. An encoder that
-    reads the grid of a stem is given that grid from its cache where there is one.
+    A missing cache is written row by row beside its final name; a killed run continues where it
+    stopped. Unreadable images are counted, reported and marked, not fatal. An encoder with a stem
+    takes the stem's grid from its cache, if there is one.
 
     Raises:
-        CapGenError: too little disk space; no such output; a damaged cache; not one readable image.
+        CapGenError: too little disk space; no such output; a damaged cache; no readable image.
     """
     if output not in encoder.outputs:
         raise CapGenError(
@@ -167,9 +161,9 @@ def extract(
     dtype = dtype or choose_dtype(device)
     key = cache_key(manifest, encoder, output, flip, dtype)
     path = cache_path(manifest, key, folder)
-    folder = path.parent
     if path.with_suffix(".json").exists():
         return open_cache(path, key)
+    folder, partial = path.parent, path.with_suffix(".partial")
     shape = (len(manifest), *encoder.outputs[output])
     size = 2 * int(np.prod(shape))
     print(
@@ -177,25 +171,21 @@ def extract(
     )
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    done = partial.stat().st_size if partial.exists() else 0
+    done = max(0, _file_size(partial))
     require_space(folder, size - done + 2**20, "the feature cache")
-    grids = (
-        find_cache(manifest, encoder.stem, "grid", dtype, flip, folder)
-        if encoder.stem is not None
-        else None
-    )
-    failed = _write_rows(
-        partial, manifest, encoder.to(device), output, flip, dtype, batch_size, grids
-    )
+    stem = encoder.stem
+    grids = find_cache(manifest, stem, "grid", dtype, flip, folder) if stem is not None else None
+    encoder.to(device)
+    failed = _write_rows(partial, manifest, encoder, output, flip, dtype, batch_size, grids)
     _finish(partial, path, key, manifest, shape, failed)
     return open_cache(path, key)
 
 
 def cache_path(manifest: Manifest, key: dict[str, Any], folder: Path | None = None) -> Path:
-    """Return where features with this key lie, in ``folder`` or in the data folder's ``features``."""
-    name = f"{manifest.name}-{key['encoder'].replace(' ', '_')}-{key['output']}-{key['view']}-{fingerprint(key)}.npy"
-    return (folder or data_dir() / "features") / name
+    """Return the file for features with this key; by default in the data folder's ``features``."""
+    parts = (manifest.name, key["encoder"].replace(" ", "_"), key["output"], key["view"])
+    name = "-".join([*parts, fingerprint(key)])
+    return (folder or data_dir() / "features") / f"{name}.npy"
 
 
 def find_cache(
@@ -220,8 +210,7 @@ def find_features(
     output: str | None = None,
     folder: Path | None = None,
 ) -> FeatureCache | None:
-    """Return the features of ``manifest`` by what a results file says of them; the encoder itself
-    is not needed.
+    """Return the features that a results file names; the encoder itself is not needed.
 
     Args:
         manifest: the whole dataset.
@@ -238,7 +227,8 @@ def find_features(
         "view": "plain",
         "files": _files_of(manifest),
     }
-    wanted |= {} if output is None else {"output": output}
+    if output is not None:
+        wanted["output"] = output
     for path in sorted((folder or data_dir() / "features").glob(f"{manifest.name}-*-plain-*.json")):
         key = read_json(path, f"delete {path.with_suffix('')}.*").get("key", {})
         if all(key.get(name) == value for name, value in wanted.items()):
@@ -265,30 +255,32 @@ def _write_rows(
     batch_size: int,
     grids: FeatureCache | None,
 ) -> dict[str, str]:
-    """Append the rows that ``partial`` does not hold yet; returns the unreadable images and why."""
+    """Append the rows that ``partial`` lacks; returns the unreadable images -> reason."""
     shape = (len(manifest), *encoder.outputs[output])
     header, row = _header(shape), 2 * int(np.prod(shape[1:]))
     log = partial.with_suffix(".failed")
     with explain_os_errors(partial), open(partial, "ab") as stream:
-        rows = (
-            max(0, stream.tell() - len(header)) // row
-        )  # a row cut in half by a kill is written again
+        # a row that a kill cut in half is written again
+        rows = max(0, stream.tell() - len(header)) // row
         stream.truncate(len(header) + rows * row if rows else 0)
         if not rows:
             stream.write(header)
             log.unlink(missing_ok=True)
         if grids is None:
-            batches = _encoded(
-                _decoded(manifest, encoder, flip, rows, batch_size), encoder, output, dtype
+            decoded = _decoded(manifest, encoder, flip, rows, batch_size)
+            batches: Iterator[_Batch] = (
+                (n, _run(encoder, p, dtype)[output].numpy(), f) for n, p, f in decoded
             )
         else:
             batches = _encoded_grids(grids, encoder, output, rows, batch_size)
-        with tqdm(
-            total=len(manifest), initial=rows, unit="img", desc=f"{encoder.name} {output}"
-        ) as bar:
+        title = f"{encoder.name} {output}"
+        with tqdm(total=len(manifest), initial=rows, unit="img", desc=title) as bar:
             for names, features, failed in batches:
                 if failed:
-                    _log_failures(log, failed)
+                    lines = map(json.dumps, (_read_failures(log) | failed).items())
+                    write_text(log, "".join(f"{line}\n" for line in lines))
+                for reason in failed.values():
+                    tqdm.write(f"skipped: {reason}")
                 features[[i for i, name in enumerate(names) if name in failed]] = np.nan
                 stream.write(features.tobytes())
                 bar.update(len(names))
@@ -297,38 +289,22 @@ def _write_rows(
     return _read_failures(log)
 
 
-def _encoded(
-    decoded: Iterator[_Batch], encoder: Encoder, output: str, dtype: torch.dtype
-) -> Iterator[_Batch]:
-    for names, pixels, failed in decoded:
-        yield names, _run(encoder, pixels, dtype)[output].numpy(), failed
-
-
 @torch.inference_mode()
 def _encoded_grids(
     grids: FeatureCache, encoder: Encoder, output: str, first: int, batch_size: int
 ) -> Iterator[_Batch]:
     for start in range(first, len(grids.names), batch_size):
         names = list(grids.names[start : start + batch_size])
-        grid = torch.from_numpy(np.array(grids.array[start : start + batch_size])).to(
-            encoder.mean.device
-        )
-        features = encoder.from_stem(grid)[output].to(torch.float16).cpu().numpy()
+        grid = torch.from_numpy(np.array(grids.array[start : start + batch_size]))  # (B, N, D)
+        outputs = encoder.from_stem(grid.to(encoder.mean.device))
+        features = outputs[output].to(torch.float16).cpu().numpy()
         yield names, features, {name: grids.failed[name] for name in names if name in grids.failed}
 
 
 def _read_failures(log: Path) -> dict[str, str]:
-    """A kill can tear the last line; the images of its batch have no rows yet, so they are looked
-    at again."""
+    """Read the log; the images of a line cut by a kill have no rows yet and are decoded again."""
     lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
     return dict(json.loads(line) for line in lines)
-
-
-def _log_failures(log: Path, failed: dict[str, str]) -> None:
-    failed_before = _read_failures(log)
-    write_text(log, "".join(json.dumps(pair) + "\n" for pair in (failed_before | failed).items()))
-    for reason in failed.values():
-        tqdm.write(f"skipped: {reason}")
 
 
 def _decoded(
@@ -366,13 +342,10 @@ def _finish(
     shape: tuple[int, ...],
     failed: dict[str, str],
 ) -> None:
-    """Give the complete file its name; the description is written last, so a cache without one is
-    not complete."""
+    """Give the complete file its name; a cache is complete once its description is written."""
     if len(failed) == len(manifest):
         partial.unlink()
-        raise CapGenError(
-            f"not one image of {manifest.name} could be read", next(iter(failed.values()))
-        )
+        raise CapGenError(f"no image of {manifest.name} could be read", next(iter(failed.values())))
     if failed:
         print(f"{len(failed)} of {len(manifest)} images could not be read and are left out")
     with explain_os_errors(path):
@@ -398,13 +371,13 @@ def open_cache(path: Path, key: dict[str, Any] | None = None, verify: bool = Fal
 
     Args:
         path: the ``.npy`` file; its description lies beside it as ``.json``.
-        key: what the features must depend on (``cache_key``); ``None`` to skip the comparison.
-        verify: also compare the checksum of all bytes (about a second a gigabyte).
+        key: all that the features must depend on (``cache_key``); ``None`` skips the comparison.
+        verify: also compare the checksum of all bytes (about a second per gigabyte).
 
     Raises:
         CapGenError: missing, truncated, damaged, or made from something else (stale).
     """
-    remedy = f"delete {path.with_suffix('')}.* and run again: it is extracted anew"
+    remedy = f"delete {path.with_suffix('')}.* and run again: it will be extracted again"
     meta = read_json(path.with_suffix(".json"), remedy)
     try:
         shape, names, failed = tuple(meta["shape"]), tuple(meta["names"]), dict(meta["failed"])

@@ -1,5 +1,4 @@
-"""How an RGB image becomes an encoder's input: one way for training, use, and captioners that need
-no torch."""
+"""How an RGB image becomes an encoder's input, with and without torch (notebook 02)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an RGB image becomes the encoder's input: kept with the encoder and stored in every
-    bundle.
+    """How an RGB image becomes the encoder's input; stored in every bundle.
 
     Attributes:
         size: side of the square in pixels.
@@ -32,17 +30,15 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, image: Image.Image, flip: bool = False) -> np.ndarray:
-        """Return the pixels the encoder sees, uint8 (size, size, 3); ``flip`` mirrors left and
-        right."""
-        if (
-            self.resize == "crop"
-        ):  # the centre alone is resized: a narrow strip would grow to gigabytes first
+        """Return pixels as uint8 (size, size, 3); ``flip`` mirrors left and right."""
+        target, bicubic = (self.size, self.size), Image.Resampling.BICUBIC
+        if self.resize == "crop":
             side = min(image.size)
             left, top = ((length - side) / 2 for length in image.size)
-            box = (left, top, left + side, top + side)
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        elif image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+            # only the centre is resized: a whole narrow strip would grow to gigabytes
+            image = image.resize(target, bicubic, box=(left, top, left + side, top + side))
+        elif image.size != target:
+            image = image.resize(target, bicubic)
         pixels = np.asarray(image)
         return pixels[:, ::-1] if flip else pixels
 
@@ -54,16 +50,15 @@ def preprocessing_from_json(value: Any) -> Preprocessing:
         CapGenError: unknown fields or impossible values.
     """
     value = value if isinstance(value, dict) else {}
-    given = [value.get(key) for key in ("mean", "std")]
-    mean, std = (tuple(v) if isinstance(v, list | tuple) else () for v in given)
+    error = CapGenError(
+        f"the bundle's preprocessing {value} is not possible", "get the bundle again"
+    )
+    pair = [value.get(key) for key in ("mean", "std")]
+    mean, std = (tuple(v) if isinstance(v, list | tuple) else () for v in pair)
     numbers = all(type(x) in (int, float) and abs(x) <= 100 for x in mean + std)
     if len(mean) != 3 or len(std) != 3 or not numbers or min(std) < 1e-3:
-        raise CapGenError(
-            f"the bundle's preprocessing {value} is not possible", "get the bundle again"
-        )
+        raise error
     result = from_dict(Preprocessing, {**value, "mean": mean, "std": std})
     if not 8 <= result.size <= 2048 or result.resize not in ("squash", "crop"):
-        raise CapGenError(
-            f"the bundle's preprocessing {value} is not possible", "get the bundle again"
-        )
+        raise error
     return result

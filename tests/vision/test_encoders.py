@@ -289,10 +289,10 @@ def test_lite0s_weights_are_in_their_places(lite0: Encoder, photo: str, classes:
     """Loaded by position: one pair swapped, and a dog would be no dog any more."""
     import timm
 
-    from capgen_utils.vision.encoders import _lite0_file
+    from capgen_utils.vision.encoders import lite0_file
 
     full = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    tensors = torch.load(_lite0_file(), map_location="cpu", weights_only=True)
+    tensors = torch.load(lite0_file(), map_location="cpu", weights_only=True)
     full.load_state_dict(dict(zip(full.state_dict(), tensors.values(), strict=True)))
     pooled = encode_images(lite0, [PHOTOS / photo], torch.float32)["pooled"].float()
     with torch.inference_mode():

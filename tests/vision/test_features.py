@@ -415,7 +415,7 @@ def test_unreadable_images_are_counted_named_and_have_no_features(
 def test_not_one_readable_image_is_an_error(manifest: Manifest, tmp_path: Path) -> None:
     for item in manifest.items:
         manifest.path(item).write_bytes(b"damaged")
-    with pytest.raises(CapGenError, match="not one image"):
+    with pytest.raises(CapGenError, match="no image of"):
         extracted(manifest, tmp_path)
     assert not [
         p for p in (tmp_path / "features").iterdir() if p.suffix in (".npy", ".json", ".partial")
