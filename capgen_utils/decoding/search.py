@@ -1,14 +1,11 @@
-"""One batched engine for every captioner: greedy, beam and diverse search and sampling over
-``start`` and ``step``.
+"""One batched search for every captioner: greedy, beam and diverse beam search, and sampling.
 
-What is asked for stands in ``DecodingConfig``. Scores of next tokens are changed in the order of
-the transformers
-library: repetition penalty, no-repeat n-grams, minimum length, banned tokens, temperature, top-k,
-top-p.
+It needs only a captioner's ``start`` and ``step``; ``DecodingConfig`` says what to do (notebook 08).
+Next-token scores are changed in the order of the transformers library: repetition penalty,
+no-repeat n-grams, minimum length, banned tokens, temperature, top-k, top-p.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -27,22 +24,17 @@ from capgen_utils.decoding.logits import (
 )
 from capgen_utils.decoding.options import check_decoding
 
-TEMPERATURES = (0.0, 0.01, 0.1, 0.5, 0.7, 1.0, 1.5)  # of ``candidates``; 0 is the most likely token
-
 
 class Steps(Protocol):
-    """The part of a captioner that decoding needs."""
+    """The methods of a captioner that decoding needs."""
 
     def start(self, memory: Any) -> Any:
-        """Return the state before the first token, one hypothesis an image."""
+        """Return the state before the first token, one hypothesis per image."""
         ...
 
     def step(self, tokens: Tensor, state: Any, attention: bool = False) -> tuple[Tensor, Any, Any]:
-        """Read one token for each hypothesis; see ``models.CaptionModel.step``."""
+        """Read one token per hypothesis; see ``models.CaptionModel.step``."""
         ...
-
-
-# --- the engine
 
 
 @torch.inference_mode()
@@ -61,56 +53,29 @@ def decode(
         memory: from its ``encode``.
         images: number of images in ``memory``.
         specials: token ids.
-        config: what to do: a temperature above 0 draws ``samples`` captions, else ``beam`` 1 is
-            greedy search and a wider one beam search, in ``groups``.
-        keys: one number an image; samples hang on it and on the seed. By default the image's place
-            in ``memory``.
+        config: ``temperatures`` samples one caption at each, a ``temperature`` above 0 samples
+            ``samples`` captions; otherwise ``beam`` 1 is greedy search and a wider one beam search,
+            in ``groups``.
+        keys: one number per image; samples depend on it and on the seed. By default the image's
+            position in ``memory``.
 
     Returns:
-        For each image its hypotheses, best first: ``samples`` drawn ones, one for greedy search, up
-            to ``beam``
-        distinct ones for beam search.
+        Hypotheses per image. In the order of ``temperatures`` if there are any; otherwise best
+        first: ``samples`` sampled ones, one for greedy search, up to ``beam`` distinct ones for beam
+        search.
 
     Raises:
-        CapGenError: a configuration that is not possible.
+        CapGenError: the configuration is not possible.
     """
     check_decoding(config)
+    if config.temperatures:
+        return _Walk(model, memory, images, specials, config, config.temperatures, keys).run()
     if config.temperature or config.beam == 1:
         temperatures = (config.temperature,) * (config.samples if config.temperature else 1)
-        found = _Walk(model, memory, images, specials, config, temperatures, keys).run()
+        hypotheses = _Walk(model, memory, images, specials, config, temperatures, keys).run()
     else:
-        found = _Beam(model, memory, images, specials, config).run()
-    return [sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found]
-
-
-@torch.inference_mode()
-def candidates(
-    model: Steps,
-    memory: Any,
-    images: int,
-    specials: Specials,
-    config: DecodingConfig,
-    temperatures: Sequence[float] = TEMPERATURES,
-    keys: Sequence[int] | None = None,
-) -> list[list[Hypothesis]]:
-    """Find one caption at each temperature for each image, all of them in one batch.
-
-    Args:
-        model, memory, images, specials, keys: as in ``decode``.
-        config: its beam, temperature and samples are not used; top-k, top-p, penalties, lengths and
-            seed are.
-        temperatures: 0.0 takes the most likely token.
-
-    Returns:
-        For each image its hypotheses in the order of ``temperatures``.
-
-    Raises:
-        CapGenError: as ``decode``.
-    """
-    check_decoding(config)
-    for temperature in temperatures:
-        check_decoding(replace(config, temperature=temperature))
-    return _Walk(model, memory, images, specials, config, temperatures, keys).run()
+        hypotheses = _Beam(model, memory, images, specials, config).run()
+    return [sorted(of_image, key=lambda h: -h.score) for of_image in hypotheses]
 
 
 def _device(state: Any) -> torch.device:

@@ -3,7 +3,7 @@ grid to pixels."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +14,11 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import ImageLike
 from capgen_utils.decoding.captions import NextWord
 from capgen_utils.decoding.logits import allowed
-from capgen_utils.decoding.options import DecodingOptions, longest_caption
 from capgen_utils.decoding.run import word_attention
 from capgen_utils.models.base import Grouping
 from capgen_utils.models.clip_gpt2 import Gpt2Decoder
 from capgen_utils.models.transformer import TransformerCaptioner
 from capgen_utils.text.words import Tokenizer
-from capgen_utils.vision.features import encode_images
 from capgen_utils.vision.grid import grid_side, upsample
 from capgen_utils.vision.preprocessing import Preprocessing
 
@@ -271,7 +269,7 @@ def caption_maps(
     images: Sequence[ImageLike],
     captions: Sequence[str | Sequence[int]] | None = None,
     batch_size: int = 32,
-    **options: Unpack[DecodingOptions],
+    **options: Any,
 ) -> list[CaptionMaps]:
     """Caption images and return where the captioner looked for each word.
 
@@ -310,7 +308,7 @@ def caption_maps(
 
 def _given(captioner: Captioner, said: str | Sequence[int]) -> tuple[int, ...]:
     tokens = tuple(captioner.tokenizer.encode(said)[1:-1] if isinstance(said, str) else said)
-    longest = longest_caption(captioner.model)
+    longest = captioner.longest
     if len(tokens) > longest - isinstance(said, str):  # one that was cut has no end token
         raise CapGenError(
             f"a caption of {len(tokens)} tokens is too long: {said[:60]!r}",
@@ -337,10 +335,7 @@ def next_words(
         among them. The end of the caption is written ``(end)``.
     """
     model, specials = captioner.model, captioner.specials
-    features = encode_images(captioner.encoder, [image], captioner.bundle.extraction_dtype)[
-        model.feature
-    ]
-    memory = model.encode(features.to(captioner.device).float())
+    memory = captioner.memory([image])
     read = torch.tensor([[specials.start, *maps.tokens[:-1]]], device=captioner.device)
     logits = model(memory, read, read.new_zeros(1))[0]  # (T, V)
     likely = allowed(logits, specials.banned).softmax(-1).cpu()
@@ -368,10 +363,7 @@ def _read(
     captioner: Captioner, images: Sequence[Any], captions: Sequence[tuple[int, ...]]
 ) -> list[CaptionMaps]:
     model, device = captioner.model, captioner.device
-    features = encode_images(captioner.encoder, images, captioner.bundle.extraction_dtype)[
-        model.feature
-    ]
-    memory = model.encode(features.to(device).float())
+    memory = captioner.memory(images)
     looked = word_attention(model, memory, captions, captioner.specials)
     found = []
     for i, (tokens, weights) in enumerate(zip(captions, looked, strict=True)):

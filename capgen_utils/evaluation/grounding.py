@@ -2,7 +2,7 @@
 beside them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,7 @@ from capgen_utils.decoding.run import image_key
 from capgen_utils.evaluation.attention import MEAN, ROLLOUT, CaptionMaps, caption_maps
 from capgen_utils.evaluation.metrics import mean_interval
 from capgen_utils.evaluation.metrics.resampling import INTERVALS
-from capgen_utils.evaluation.results import sight_of, with_facts
-from capgen_utils.vision.features import encode_images
+from capgen_utils.evaluation.results import protocol, with_facts
 from capgen_utils.vision.grid import grid_side
 
 KINDS = {"colour": tuple(COLOURS), "shape": SHAPES}  # words that name an object of a scene
@@ -378,10 +377,7 @@ def word_log_probabilities(
     parts = []
     for first in range(0, len(images), batch_size):
         part = images[first : first + batch_size]
-        features = encode_images(captioner.encoder, part, captioner.bundle.extraction_dtype)[
-            model.feature
-        ]
-        memory = model.encode(features.to(device).float())
+        memory = captioner.memory(part)
         rows = torch.arange(len(part), device=device)
         logits = model(memory, start.expand(len(part), -1), rows)  # (B, T, V)
         scores = (
@@ -481,9 +477,10 @@ def measure(
         0
     ].choices()
     tests = {"share": share, "draws": draws, "fill": "mean colour of the image", "test_seed": seed}
+    tests["intervals"] = INTERVALS
     result: dict[str, Any] = {
         "kind": "attention",
-        "protocol": _rules(captioner, manifest, part, split) | tests,
+        "protocol": protocol(captioner, manifest, split, len(part), captioner.decoding) | tests,
     }
     result["class token"] = round(float(torch.cat([own.elsewhere() for own in maps]).mean()), 4)
     if scenes_file(manifest.root).exists():
@@ -498,18 +495,6 @@ def measure(
         for choice in tested
     }
     return with_facts(result, captioner.bundle)
-
-
-def _rules(captioner: Captioner, manifest: Manifest, part: Manifest, split: str) -> dict[str, Any]:
-    bundle = captioner.bundle
-    return {
-        "dataset": manifest.name,
-        "split": split,
-        "images": len(part),
-        "images_in_split": len(manifest.split(split)),
-        "decoding": asdict(bundle.decoding) | {"dtype": "float32"},
-        "intervals": INTERVALS,
-    } | sight_of(bundle, captioner.encoder)
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -96,11 +96,12 @@ def encode_images(
         Output name -> float16 (len(images), *shape) on the CPU.
     """
     pixels = np.stack([encoder.preprocessing(open_image(image), flip) for image in images])
-    return _run(encoder, pixels, dtype)
+    return encode_pixels(encoder, pixels, dtype)
 
 
 @torch.inference_mode()
-def _run(encoder: Encoder, pixels: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
+def encode_pixels(encoder: Encoder, pixels: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Encode what the encoder's preprocessing returns, (B, size, size, 3) uint8; see above."""
     device = encoder.mean.device
     reduced = dtype != torch.float32
     with torch.autocast(device.type, dtype=dtype) if reduced else nullcontext():
@@ -301,7 +302,7 @@ def _encoded(
     decoded: Iterator[_Batch], encoder: Encoder, output: str, dtype: torch.dtype
 ) -> Iterator[_Batch]:
     for names, pixels, failed in decoded:
-        yield names, _run(encoder, pixels, dtype)[output].numpy(), failed
+        yield names, encode_pixels(encoder, pixels, dtype)[output].numpy(), failed
 
 
 @torch.inference_mode()

@@ -26,9 +26,10 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.config import DecodingConfig
 from capgen_utils.data import shapes
 from capgen_utils.data.datasets import load_dataset
-from capgen_utils.decoding.rerank import best_first, fit, rerank, shared_sight, temperatures_of
-from capgen_utils.decoding.search import TEMPERATURES
-from capgen_utils.evaluation.results import Choosing, evaluate, summary
+from capgen_utils.decoding.captions import best_first
+from capgen_utils.decoding.options import TEMPERATURES, with_options
+from capgen_utils.decoding.rerank import fit, rerank, shared_encoder
+from capgen_utils.evaluation.results import evaluate, summary
 from capgen_utils.vision.dual_encoder import DualEncoder
 from capgen_utils.vision.encoder import Encoder
 from capgen_utils.vision.encoders import ENCODERS, new_shapes_cnn
@@ -95,15 +96,18 @@ def test_each_image_needs_its_own_list() -> None:
 
 
 def test_what_is_chosen_from() -> None:
-    assert temperatures_of(None, {}) == TEMPERATURES
-    assert temperatures_of(None, {"top_p": 0.9, "max_length": 5, "beam": None}) == TEMPERATURES
-    assert temperatures_of([0.0, 2.0], {}) == (0.0, 2.0)
-    assert (
-        temperatures_of(None, {"beam": 4}) is None
-        and temperatures_of(None, {"candidates": 4}) is None
-    )
+    def temperatures(**options: Any) -> tuple[float, ...]:
+        return with_options(DecodingConfig(), rerank=True, **options).temperatures
+
+    assert temperatures() == TEMPERATURES
+    assert temperatures(top_p=0.9, max_length=5, beam=None) == TEMPERATURES
+    assert temperatures(temperatures=[0.0, 2.0]) == (0.0, 2.0)
+    assert temperatures(beam=4) == temperatures(candidates=4) == ()
     with pytest.raises(CapGenError, match="beam and temperatures"):
-        temperatures_of([1.0], {"beam": 4})
+        temperatures(temperatures=[1.0], beam=4)
+    stored = DecodingConfig(temperatures=(0.0, 1.0))
+    assert with_options(stored).temperatures == (0.0, 1.0)
+    assert with_options(stored, beam=2).temperatures == (), "a beam replaces them"
 
 
 # --- captioners
@@ -184,11 +188,11 @@ def test_the_scorer_uses_what_the_captioner_has_seen(
     captioner = Captioner.from_bundle(bundle, "cpu")
     scorer, encoder = captioner.scorer, captioner.encoder
     assert (
-        shared_sight(scorer, encoder, "grid") is not None
-        and shared_sight(scorer, encoder, "pooled") is None
+        shared_encoder(scorer, encoder, "grid") is not None
+        and shared_encoder(scorer, encoder, "pooled") is None
     )
-    assert shared_sight(scorer, scorer.images, "embedding") is not None
-    assert shared_sight(tiny_dual(new_shapes_cnn(32)), encoder, "grid") is None, "another stem"
+    assert shared_encoder(scorer, scorer.images, "embedding") is not None
+    assert shared_encoder(tiny_dual(new_shapes_cnn(32)), encoder, "grid") is None, "another stem"
     monkeypatch.setattr(
         DualEncoder, "embed_images", lambda *_: pytest.fail("the images are encoded twice")
     )
@@ -345,9 +349,10 @@ def test_an_evaluation_says_who_chose_and_what_a_judge_says_of_it(
     manifest = load_dataset("shapes", tmp_path / "shapes")
     loaded = load_bundle(bundle)
     scorer, judge = loaded.build_scorer(), tiny_dual(new_shapes_cnn(64))
-    first = evaluate(loaded, manifest, choosing=Choosing(None, (0.0,)))
+    captioner = Captioner.from_bundle(bundle, "cpu")
+    first = evaluate(captioner, manifest, beam=1)
     assert first.result["reranking"] is None and first.result["protocol"]["chosen_by"] is None
-    found = evaluate(loaded, manifest, choosing=Choosing(scorer, TEMPERATURES, judge))
+    found = evaluate(captioner, manifest, rerank=True, judge=judge)
     said = found.result["reranking"]
     assert (
         said["scorer"] == "small_clip on shapes_cnn"

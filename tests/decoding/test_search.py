@@ -5,7 +5,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pytest
@@ -26,9 +26,9 @@ from capgen_utils.decoding.logits import (
     penalise_repetition,
     uniform_numbers,
 )
-from capgen_utils.decoding.options import _BOUNDS, check_decoding, describe, with_options
+from capgen_utils.decoding.options import TEMPERATURES, check_decoding, describe, with_options
 from capgen_utils.decoding.run import decode_features, word_attention
-from capgen_utils.decoding.search import TEMPERATURES, candidates, decode
+from capgen_utils.decoding.search import decode
 from capgen_utils.models.base import KeyValues, SharedState
 
 START, END, A, B, C = range(5)
@@ -571,20 +571,22 @@ def test_candidates_at_all_temperatures_are_those_at_each() -> None:
     tables = random_tables(8, seed=11, sharpness=3.0)
     config = DecodingConfig(max_length=6, top_p=0.95, seed=4)
     model = Table(tables)
-    found = candidates(model, None, 8, SPECIALS, config)
+    config = replace(config, temperatures=TEMPERATURES)
+    found = decode(model, None, 8, SPECIALS, config)
     assert model.rows[0] == 8 and max(model.rows) <= 8 * len(TEMPERATURES)
     greedy = decode_tables(tables, DecodingConfig(beam=1, max_length=6))
     for hypotheses, (best,) in zip(found, greedy, strict=True):
         assert [h.temperature for h in hypotheses] == pytest.approx(TEMPERATURES)
         assert hypotheses[0].tokens == best.tokens
         assert math.isclose(hypotheses[0].log_probability, best.log_probability, abs_tol=1e-4)
-    alone = candidates(Table(tables[3:4]), None, 1, SPECIALS, config, keys=[3])
+    alone = decode(Table(tables[3:4]), None, 1, SPECIALS, config, keys=[3])
     assert [h.tokens for h in alone[0]] == [h.tokens for h in found[3]]
-    fewer = candidates(Table(tables), None, 8, SPECIALS, config, TEMPERATURES[:3])
+    few = replace(config, temperatures=TEMPERATURES[:3])
+    fewer = decode(Table(tables), None, 8, SPECIALS, few)
     assert [[h.tokens for h in hs] for hs in fewer] == [[h.tokens for h in hs[:3]] for hs in found]
     assert len({h.tokens for hs in found for h in hs}) > 20
     with pytest.raises(CapGenError):
-        candidates(Table(tables), None, 8, SPECIALS, config, (0.0, -1.0))
+        decode(Table(tables), None, 8, SPECIALS, replace(config, temperatures=(0.0, -1.0)))
 
 
 # --- the library
@@ -903,6 +905,8 @@ IMPOSSIBLE: list[dict[str, Any]] = [
     {"seed": 2**63},
     {"temperature": math.nan},
     {"top_p": math.nan},
+    {"temperatures": (0.5, -1.0)},
+    {"temperatures": (math.nan,)},
 ]
 
 
@@ -973,6 +977,9 @@ def test_options_imply_what_they_need(
         {"candidates": 1.5},
         {"top_p": True},
         {"temperature": math.inf},
+        {"temperatures": (0.0, 1.0)},
+        {"temperatures": (0.0, "1"), "rerank": True},
+        {"temperatures": (0.0, 1.0), "rerank": True, "candidates": 3},
     ],
     ids=str,
 )
@@ -983,7 +990,7 @@ def test_contradictions_and_wrong_types_are_refused(options: Any) -> None:
 
 def test_an_unknown_option_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(TypeError, match="beams"):
-        with_options(DecodingConfig(), beams=3)  # type: ignore[call-arg]
+        with_options(DecodingConfig(), beams=3)
 
 
 def test_every_way_has_words_and_every_value_bounds() -> None:
@@ -992,6 +999,10 @@ def test_every_way_has_words_and_every_value_bounds() -> None:
     assert said[0] == "greedy" and said[1] == "beam 3, length penalty 1"
     assert (
         describe(DecodingConfig(temperature=1.5, top_p=0.8))
-        == "drawn at temperature 1.5, top-p 0.8, seed 0"
+        == "sampled at temperature 1.5, top-p 0.8, seed 0"
     )
-    assert set(_BOUNDS) == set(asdict(DecodingConfig()))
+    for option in fields(DecodingConfig):
+        low, high, text, metavar = option.metadata["option"]
+        assert low < high and text and metavar
+        value = getattr(DecodingConfig(), option.name)
+        assert low <= (value[0] if value else low if value == () else value) <= high

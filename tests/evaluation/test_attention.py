@@ -274,11 +274,8 @@ def test_the_maps_of_a_words_tokens_are_averaged(pairs: BpeTokenizer) -> None:
     captioner = Captioner(Bundle(model, pairs, info), tiny_encoder(), torch.device("cpu"))
     (maps,) = caption_maps(captioner, PATHS[:1], ["red star"])
     assert maps.texts == ["red", "star"]
-    features = captioner._features(PATHS[:1])
-    with torch.inference_mode():
-        (looked,) = word_attention(
-            model, model.encode(features.float()), [maps.tokens], captioner.specials
-        )
+    memory = captioner.memory(PATHS[:1])
+    (looked,) = word_attention(model, memory, [maps.tokens], captioner.specials)
     for place, word in enumerate(maps.words):
         expected = looked["layer1"][word.first : word.last].mean((0, 1))
         torch.testing.assert_close(maps.of("layer1")[place], expected)

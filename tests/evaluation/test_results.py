@@ -3,7 +3,7 @@ computed again."""
 
 import json
 import platform
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from helpers import CPU, ROOT, tiny_encoder, tiny_manifest, tiny_trainer
 from results_rules import SCORES, attention_problems, prediction_problems, problems
 
 from capgen_utils.bundle import load_bundle
+from capgen_utils.captioner import Captioner
 from capgen_utils.common.files import CapGenError, write_json
 from capgen_utils.common.machine import machine, revision
 from capgen_utils.config import DecodingConfig
@@ -40,14 +41,18 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Pa
     images = {"train": 10, "dev": 3, "test": 5}
     trainer = tiny_trainer(folder, epochs=1, images=images)
     trainer.train()
-    bundle = load_bundle(folder / "run" / "bundle")
     manifest = tiny_manifest(folder / "images", **images)
     encoder: Encoder = trainer.encoder
+    captioner = Captioner(load_bundle(folder / "run" / "bundle"), encoder, CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAPGEN_DATA", str(folder / "data"))
         extract(manifest, encoder, dtype=torch.float32, device=CPU)
-        patch.setattr(type(bundle), "build_encoder", lambda self, weights=None: encoder)
-        return evaluate(bundle, manifest, "test", DecodingConfig(beam=1, max_length=8)), folder
+        return evaluate(captioner, manifest, "test", beam=1, max_length=8), folder
+
+
+def captioner_of(folder: Path) -> Captioner:
+    """Return the trained captioner, with an encoder that no bundle can hold."""
+    return Captioner(load_bundle(folder / "run" / "bundle"), tiny_encoder(), CPU)
 
 
 def test_a_result_is_complete_and_names_no_host_and_no_path(
@@ -57,9 +62,8 @@ def test_a_result_is_complete_and_names_no_host_and_no_path(
     assert problems(result, platform.node()) == []
     assert result["protocol"]["images"] == result["protocol"]["images_in_split"] == 5
     assert result["protocol"]["references"] == sum(1 + n % 3 for n in range(13, 18))
-    assert result["protocol"]["decoding"] == asdict(DecodingConfig(beam=1, max_length=8)) | {
-        "dtype": "float32"
-    }
+    decoding = DecodingConfig(beam=1, max_length=8).to_json() | {"dtype": "float32"}
+    assert result["protocol"]["decoding"] == decoding
     assert result["protocol"]["encoder"] == "tiny" and result["protocol"]["seed"] == 5
     assert json.loads(json.dumps(result)) == result
 
@@ -198,12 +202,12 @@ def test_an_unknown_split_is_refused(evaluation: tuple[Evaluation, Path]) -> Non
     folder = evaluation[1]
     manifest = tiny_manifest(folder / "images", train=10, dev=3, test=5)
     with pytest.raises(CapGenError, match="validation"):
-        evaluate(load_bundle(folder / "run" / "bundle"), manifest, "validation")
+        evaluate(captioner_of(folder), manifest, "validation")
 
 
 def test_a_part_of_a_split_shows_in_the_protocol(evaluation: tuple[Evaluation, Path]) -> None:
     manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
-    said = protocol(manifest, "test", {"013.png": ("a",)}, DecodingConfig())
+    said = protocol(captioner_of(evaluation[1]), manifest, "test", 1, DecodingConfig())
     assert (said["images"], said["images_in_split"]) == (1, 5)
 
 
@@ -212,13 +216,12 @@ def test_a_limit_is_named_beside_the_scores(
 ) -> None:
     folder = evaluation[1]
     monkeypatch.setenv("CAPGEN_DATA", str(folder / "data"))
-    bundle = load_bundle(folder / "run" / "bundle")
-    monkeypatch.setattr(type(bundle), "build_encoder", lambda self, weights=None: tiny_encoder())
+    captioner = captioner_of(folder)
     manifest = tiny_manifest(folder / "images", train=10, dev=3, test=5)
-    found = evaluate(bundle, manifest, "test", DecodingConfig(beam=1, max_length=8), limit=2).result
+    found = evaluate(captioner, manifest, "test", limit=2, beam=1, max_length=8).result
     assert (found["protocol"]["images"], found["protocol"]["images_in_split"]) == (2, 5)
     assert "only 2 of the split's 5" in found["warnings"]["subset"]
-    seen = evaluate(bundle, manifest, "train", DecodingConfig(beam=1, max_length=8)).result
+    seen = evaluate(captioner, manifest, "train", beam=1, max_length=8).result
     assert "10 of 10 images are training images" in seen["warnings"]["training images"]
 
 

@@ -62,26 +62,26 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     if options.rescore:
         return _rescore(options)
-    from capgen_utils.bundle import load_bundle
-    from capgen_utils.captioner import DEFAULT_BUNDLE
+    from capgen_utils.captioner import Captioner
     from capgen_utils.data.datasets import load_dataset
-    from capgen_utils.decoding.options import with_options
     from capgen_utils.evaluation.results import evaluate
+    from capgen_utils.vision.dual_encoder import DualEncoder
 
-    bundle = load_bundle(options.bundle or DEFAULT_BUNDLE)
-    manifest = load_dataset(_dataset_of(bundle, options), options.data)
-    decoding = with_options(bundle.decoding, **decoding_options(options))
+    captioner = Captioner.from_bundle(
+        options.bundle, encoder_weights=options.encoder_weights, scorer=options.scorer
+    )
+    manifest = load_dataset(_dataset_of(captioner.bundle, options), options.data)
     evaluation = evaluate(
-        bundle,
+        captioner,
         manifest,
         options.split,
-        decoding,
-        options.encoder_weights,
-        _choosing(options, bundle),
-        options.limit,
-        options.java,
+        rerank=options.rerank,
+        judge=DualEncoder.load(options.judge) if options.judge else None,
+        limit=options.limit,
+        java=options.java,
+        **decoding_options(options),
     )
-    name = options.name or f"{manifest.name}_{bundle.info['model']}"
+    name = options.name or f"{manifest.name}_{captioner.bundle.info['model']}"
     _write_evaluation(options.output / f"{name}.json", evaluation)
 
 
@@ -107,19 +107,6 @@ def _write_evaluation(path: Path, evaluation: Any) -> None:
     write_json(path, evaluation.result)
     print(summary(evaluation.result))
     print(f"written: {path} and the captions beside it")
-
-
-def _choosing(options: argparse.Namespace, bundle: Any) -> Any:
-    from capgen_utils.bundle import require_scorer
-    from capgen_utils.decoding.rerank import temperatures_of
-    from capgen_utils.evaluation.results import Choosing
-    from capgen_utils.vision.dual_encoder import DualEncoder
-
-    judge = DualEncoder.load(options.judge) if options.judge else None
-    if not options.rerank:
-        return Choosing(judge=judge)
-    scorer = require_scorer(bundle, options.scorer, options.encoder_weights)
-    return Choosing(scorer, temperatures_of(options.temperatures, decoding_options(options)), judge)
 
 
 def _add_attention(commands: Any) -> None:

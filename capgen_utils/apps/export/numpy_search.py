@@ -11,7 +11,13 @@ from capgen_utils.config import DecodingConfig
 from capgen_utils.decoding.captions import Hypothesis, Specials
 from capgen_utils.decoding.options import check_decoding
 
-_ONLY_WITH_TORCH = ("temperature", "repetition_penalty", "no_repeat_ngram", "groups")
+_ONLY_WITH_TORCH = (
+    "temperature",
+    "temperatures",
+    "repetition_penalty",
+    "no_repeat_ngram",
+    "groups",
+)
 
 
 class State(Protocol):
