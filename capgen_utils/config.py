@@ -1,4 +1,4 @@
-"""Hyperparameters of captioners, CLIP, training and decoding as plain dataclasses, without torch."""
+"""Hyperparameters of captioners, CLIP, training and decoding: plain dataclasses, no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

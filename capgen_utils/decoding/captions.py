@@ -93,7 +93,7 @@ class Caption:
 
 
 class NextWord(NamedTuple):
-    """A possible next token: its text, its probability, and whether the caption contains it here."""
+    """A possible next token: its text, its probability, and whether the caption has it here."""
 
     text: str
     probability: float

@@ -1,4 +1,4 @@
-"""Decoding options: bounds, combinations and descriptions, the same for every search (notebook 08)."""
+"""Decoding options: bounds, combinations, descriptions; the same everywhere (notebook 08)."""
 
 from dataclasses import fields, replace
 from typing import Any

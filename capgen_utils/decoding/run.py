@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from capgen_utils.config import DecodingConfig
 from capgen_utils.data.manifest import Manifest
 from capgen_utils.decoding.captions import Hypothesis, Specials
-from capgen_utils.decoding.search import Steps, _device, decode
+from capgen_utils.decoding.search import Steps, decode, device_of
 from capgen_utils.text.words import Tokenizer
 from capgen_utils.vision.features import FeatureCache
 
@@ -25,40 +25,38 @@ def image_key(content: bytes) -> int:
 def word_attention(
     model: Steps, memory: Any, captions: Sequence[Sequence[int]], specials: Specials
 ) -> list[dict[str, Tensor]]:
-    """Read finished captions again and return where the captioner looked when it said each word.
+    """Read finished captions again and return where the captioner looked for each word.
 
     Args:
-        model: any captioner, in eval mode.
-        memory: from its ``encode``; one image for each caption.
+        model: a captioner, in eval mode.
+        memory: from its ``encode``; one image per caption.
         captions: ids without start and end token.
         specials: token ids.
 
     Returns:
-        For each caption the captioner's weights by name: (words, heads, N), on the CPU. Empty where
-        it has none.
+        For each caption the weights by layer name: (words, heads, N), on the CPU. Empty for a
+        captioner without attention.
     """
     state = model.start(memory)
-    device = _device(state)
+    device = device_of(state)
     alive, looked = list(range(len(captions))), [dict[str, list[Tensor]]() for _ in captions]
-    tokens = torch.full((len(captions),), specials.start, device=device)
-    for position in range(
-        max(1, *map(len, captions))
-    ):  # reading one token, the model says the next
-        _, state, weights = model.step(tokens, state, attention=True)
+    tokens = torch.full((len(captions),), specials.start, device=device)  # (M,)
+    # Reading token t, the model predicts token t + 1: its attention belongs to that one.
+    for position in range(max(1, *map(len, captions))):
+        _, state, weights = model.step(tokens, state, attention=True)  # name -> (M, heads, N)
         for name, value in weights.items():
             for image, row in zip(alive, value.cpu(), strict=True):
                 looked[image].setdefault(name, []).append(row)
         going = [row for row, image in enumerate(alive) if position + 1 < len(captions[image])]
         if not going:
             break
-        state = (
-            state.select(torch.tensor(going, device=device)) if len(going) < len(alive) else state
-        )
-        alive = [alive[row] for row in going]
+        if len(going) < len(alive):
+            state = state.select(torch.tensor(going, device=device))
+            alive = [alive[row] for row in going]
         tokens = torch.tensor([captions[image][position] for image in alive], device=device)
     return [
-        {name: torch.stack(rows)[: len(caption)] for name, rows in found.items()}
-        for caption, found in zip(captions, looked, strict=True)
+        {name: torch.stack(rows)[: len(caption)] for name, rows in by_name.items()}
+        for caption, by_name in zip(captions, looked, strict=True)
     ]
 
 

@@ -191,8 +191,12 @@ def _today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
 def predictions_path(path: Path) -> Path:
-    """Return where the captions lie that a results file scores: beside it."""
+    """Return the file of captions that belongs to a results file, in the same folder."""
     return path.with_name(f"{path.stem}_predictions.json")
 
 
@@ -203,11 +207,8 @@ def read_result(path: Path) -> dict[str, Any]:
         CapGenError: unreadable, or not the results of an evaluation.
     """
     result = read_json(path, "name a results file that `capgen evaluate` wrote")
-    rules = (
-        result.get("protocol")
-        if isinstance(result, dict) and result.get("kind") == "evaluation"
-        else None
-    )
+    evaluation = isinstance(result, dict) and result.get("kind") == "evaluation"
+    rules = result.get("protocol") if evaluation else None
     if not isinstance(rules, dict) or not {"dataset", "split", "encoder"} <= set(rules):
         raise CapGenError(
             f"{path} does not hold the results of an evaluation",
@@ -217,16 +218,15 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def rescore(path: Path, manifest: Manifest, java: bool = False) -> Evaluation:
-    """Score the captions beside a results file again; nothing is decoded, and what the file says
-    else is kept.
+    """Score the captions of a results file again, without decoding; the rest of it is kept.
 
     Args:
-        path: the results file; its captions lie beside it.
-        manifest: the whole dataset that they are of.
+        path: the results file; its captions are in the same folder.
+        manifest: the whole dataset.
         java: compute METEOR 1.5 too.
 
     Raises:
-        CapGenError: a file is missing or damaged, or the captions are not of this dataset and
+        CapGenError: a file is missing or damaged, or the captions belong to another dataset or
             split.
     """
     result, captions = read_result(path), load_captions(predictions_path(path))
@@ -238,18 +238,16 @@ def rescore(path: Path, manifest: Manifest, java: bool = False) -> Evaluation:
         )
     weights, dtype = rules.get("encoder_weights", ""), rules.get("extraction_dtype", "")
     features = find_features(manifest, rules["encoder"], weights, dtype, rules.get("feature"))
-    found = assess(captions, manifest, rules["split"], features, None, java)
-    found["protocol"] = rules | found["protocol"]
-    return Evaluation(
-        captions, result | found | {"rescored": {"date": _today(), "revision": revision()}}
-    )
+    scored = assess(captions, manifest, rules["split"], features, None, java)
+    scored["protocol"] = rules | scored["protocol"]
+    rescored = {"date": _today(), "revision": revision()}
+    return Evaluation(captions, result | scored | {"rescored": rescored})
 
 
 def write_predictions(path: Path, captions: Mapping[str, str]) -> None:
     """Write captions in COCO's results format: a list of ``image_id`` and ``caption``."""
-    write_json(
-        path, [{"image_id": name, "caption": caption} for name, caption in sorted(captions.items())]
-    )
+    rows = [{"image_id": name, "caption": caption} for name, caption in sorted(captions.items())]
+    write_json(path, rows)
 
 
 def ways_of(rules: Mapping[str, Any]) -> str:
@@ -334,6 +332,6 @@ def _median(work: Callable[[str], Any], names: Sequence[str]) -> float:
 
 
 def weights_megabytes(module: torch.nn.Module) -> float:
-    """Return the size of a module's parameters and buffers in memory, in units of a million bytes."""
+    """Return the size of a module's parameters and buffers in memory, in 10**6 bytes."""
     tensors = [*module.parameters(), *module.buffers()]
     return round(sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6, 1)

@@ -385,7 +385,7 @@ def test_an_evaluation_says_who_chose_and_what_a_judge_says_of_it(
     expected = 100 * 2.5 * (images * texts).sum(1).clamp(min=0).mean().item()
     assert said["CLIPScore"] == pytest.approx(expected, abs=0.1)
     assert {"CLIPScore without", "CLIPScore of a human caption"} <= set(said)
-    assert "small_clip on shapes_cnn chose" in summary(found.result) and "CLIPScore" in summary(
+    assert "re-ranked by small_clip on shapes_cnn" in summary(found.result) and "CLIPScore" in summary(
         found.result
     )
     json.dumps(found.result)
@@ -415,4 +415,4 @@ def test_choosing_on_the_command_line(bundle: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "chosen.json").read_text())
     assert result["protocol"]["temperatures"] == [0, 1] and result["reranking"]["CLIPScore"] >= 0
-    assert "chose" in done.stdout
+    assert "re-ranked by" in done.stdout
