@@ -385,9 +385,9 @@ def test_an_evaluation_says_who_chose_and_what_a_judge_says_of_it(
     expected = 100 * 2.5 * (images * texts).sum(1).clamp(min=0).mean().item()
     assert said["CLIPScore"] == pytest.approx(expected, abs=0.1)
     assert {"CLIPScore without", "CLIPScore of a human caption"} <= set(said)
-    assert "re-ranked by small_clip on shapes_cnn" in summary(found.result) and "CLIPScore" in summary(
+    assert "re-ranked by small_clip on shapes_cnn" in summary(
         found.result
-    )
+    ) and "CLIPScore" in summary(found.result)
     json.dumps(found.result)
 
 
