@@ -286,9 +286,11 @@ def caption_maps(
 
 def _tokens_of(captioner: Captioner, caption: str | Sequence[int]) -> tuple[int, ...]:
     """Return the ids of a caption without start and end token."""
-    is_text = isinstance(caption, str)
-    tokens = tuple(captioner.tokenizer.encode(caption)[1:-1] if is_text else caption)
-    if len(tokens) > captioner.longest - is_text:  # one that was cut has no end token
+    if isinstance(caption, str):
+        tokens, longest = tuple(captioner.tokenizer.encode(caption)[1:-1]), captioner.longest - 1
+    else:
+        tokens, longest = tuple(caption), captioner.longest  # one that was cut has no end token
+    if len(tokens) > longest:
         raise CapGenError(
             f"a caption of {len(tokens)} tokens is too long: {caption[:60]!r}",
             f"pass at most {captioner.longest} tokens",

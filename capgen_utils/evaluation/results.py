@@ -191,10 +191,6 @@ def _today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def _today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
-
-
 def predictions_path(path: Path) -> Path:
     """Return the file of captions that belongs to a results file, in the same folder."""
     return path.with_name(f"{path.stem}_predictions.json")
