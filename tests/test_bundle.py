@@ -492,8 +492,9 @@ def test_a_disk_that_fills_up_while_tensors_are_written_is_explained(
     script = """
 import resource, sys, torch
 from pathlib import Path
-from capgen_utils.bundle import load_bundle, save_bundle, save_checkpoint
+from capgen_utils.bundle import load_bundle, save_bundle
 from capgen_utils.common.files import CapGenError
+from capgen_utils.common.tensors import save_checkpoint
 bundle = load_bundle(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
