@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from capgen_utils import bundle as checkpoint
-from capgen_utils.bundle import Bundle, bundle_info, load_bundle, save_bundle
+from capgen_utils.bundle import VERSION, Bundle, bundle_info, load_bundle, save_bundle
 from capgen_utils.captioner import Captioner
 from capgen_utils.common import tensors
 from capgen_utils.common.files import CapGenError
@@ -182,6 +182,20 @@ def test_a_missing_part_of_the_encoder_is_named(bundle: Path, name: str) -> None
     (bundle / "encoder" / name).unlink()
     with pytest.raises(CapGenError, match=name.split(".")[0]):
         use(bundle)
+
+
+def test_an_older_bundle_is_read_with_the_defaults_of_newer_options(bundle: Path) -> None:
+    change_config(bundle, ("decoding",), {"beam": 2, "max_length": 8, "length_penalty": 0.5})
+    expected = DecodingConfig(beam=2, max_length=8, length_penalty=0.5)
+    assert load_bundle(bundle).decoding == expected and use(bundle)
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, 10**30])
+def test_a_newer_bundle_is_refused_with_the_way_out(bundle: Path, version: int) -> None:
+    change_config(bundle, ("version",), version)
+    with pytest.raises(CapGenError, match="version") as error:
+        load_bundle(bundle)
+    assert "update CapGen" in error.value.remedy
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, [], 10**30])

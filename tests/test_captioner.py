@@ -12,6 +12,7 @@ from PIL import Image
 
 from capgen_utils import Captioner
 from capgen_utils.common.files import CapGenError
+from capgen_utils.data.images import open_image
 from capgen_utils.decoding.captions import Caption
 
 PATHS = sorted(PHOTOS.glob("*.jpg"))[:5]
@@ -94,6 +95,22 @@ def test_tensors_that_are_no_images_are_refused(
     with pytest.raises(CapGenError) as error:
         captioner.caption(tensor)
     assert remedy in error.value.remedy
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
+def test_an_image_is_opened_once(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(
+        "capgen_utils.captioner.open_image",
+        lambda image: opened.append(image) or open_image(image),
+    )
+    captioner.caption(PATHS, **options)
+    list(captioner.caption_each(PATHS, **options))
+    assert opened == PATHS * 2
+    captioner.attention(PATHS[0], **options)
+    assert opened == [*PATHS * 2, PATHS[0]]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
