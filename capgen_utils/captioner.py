@@ -52,6 +52,15 @@ class Captioner:
         encoder: the encoder that it was trained on.
         device: by default the best one of this machine.
         scorer: a CLIP for re-ranking; by default the bundle's own, if it has one.
+
+    Attributes:
+        bundle, encoder, model, tokenizer, device: its parts, the networks on the device.
+        specials: token ids that decoding needs.
+        decoding: the bundle's decoding defaults.
+        longest: the longest caption in tokens, including the end token.
+        features_dtype: the encoder's compute dtype: ``float32``, ``bfloat16`` or ``float16``.
+        folder: the folder that the bundle was read from.
+        images, cache: set by ``reading``: a manifest and its features.
     """
 
     def __init__(
@@ -66,8 +75,11 @@ class Captioner:
         self.model = bundle.model.to(self.device).eval()
         self.tokenizer = bundle.tokenizer
         self.specials = Specials.of(self.tokenizer)
+        self.decoding, self.longest = bundle.decoding, longest_caption(self.model)
+        self.features_dtype, self.folder = str(bundle.info["extraction_dtype"]), bundle.folder
         self._scorer = scorer
-        self._cached: tuple[Manifest, FeatureCache] | None = None
+        self.images: Manifest | None = None
+        self.cache: FeatureCache | None = None
         self._shared: dict[DualEncoder, Callable[[Tensor], Tensor] | None] = {}
 
     @classmethod
@@ -98,26 +110,6 @@ class Captioner:
             bundle.info["extraction_dtype"] = "float32"
         clip = None if scorer is None else DualEncoder.load(Path(scorer), encoder_weights)
         return cls(bundle, bundle.build_encoder(), choose_device(device), clip)
-
-    @property
-    def decoding(self) -> DecodingConfig:
-        """The bundle's decoding defaults."""
-        return self.bundle.decoding
-
-    @property
-    def longest(self) -> int:
-        """The longest caption in tokens, including the end token."""
-        return longest_caption(self.model)
-
-    @property
-    def features_dtype(self) -> str:
-        """The encoder's compute dtype: ``float32``, ``bfloat16`` or ``float16``."""
-        return str(self.bundle.info["extraction_dtype"])
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder that the bundle was read from."""
-        return self.bundle.folder
 
     @cached_property
     def scorer(self) -> DualEncoder:
@@ -153,7 +145,7 @@ class Captioner:
         if cache is None:
             dtype = self.bundle.extraction_dtype
             cache = extract(manifest, self.encoder, self.model.feature, dtype=dtype)
-        reader._cached = manifest, cache
+        reader.images, reader.cache = manifest, cache
         return reader
 
     def see(self, images: Sequence[Any]) -> Seen:
@@ -162,9 +154,8 @@ class Captioner:
         Raises:
             CapGenError: an image cannot be read, or is not in the cache.
         """
-        if self._cached is not None:
-            _, cache = self._cached
-            return Seen(cache.rows(images), [image_key(name.encode()) for name in images])
+        if self.cache is not None:
+            return Seen(self.cache.rows(images), [image_key(name.encode()) for name in images])
         # (B, size, size, 3), uint8
         pixels = np.stack([self.encoder.preprocessing(open_image(image)) for image in images])
         outputs = encode_pixels(self.encoder, pixels, self.bundle.extraction_dtype)
@@ -198,8 +189,8 @@ class Captioner:
         read = self._shared[clip]
         if read is not None:
             return read(self.see(images).features if features is None else features).cpu()
-        if self._cached is not None:
-            images = [self._cached[0].root / name for name in images]
+        if self.images is not None:
+            images = [self.images.root / name for name in images]
         return clip.embed_images(images, self.bundle.extraction_dtype)
 
     def caption(

@@ -6,6 +6,7 @@ from typing import Any
 from capgen_utils.common.files import CapGenError
 from capgen_utils.config import LARGEST_BEAM, LONGEST, DecodingConfig, Option, from_dict
 
+SAMPLING = ("temperature", "top_k", "top_p", "samples")  # options that ask for samples
 TEMPERATURES = (0.0, 0.01, 0.1, 0.5, 0.7, 1.0, 1.5)  # of re-ranked candidates; 0 is greedy
 OPTIONS: dict[str, tuple[type, Option]] = {
     f.name: (float if f.name == "temperatures" else type(f.default), f.metadata["option"])
@@ -81,43 +82,22 @@ def with_options(config: DecodingConfig, rerank: bool = False, **options: Any) -
         TypeError: an unknown option.
     """
     asked = {name: value for name, value in options.items() if value is not None}
-    finders = [
-        name for name in ("beam", "groups", "temperature", "samples", "candidates") if name in asked
-    ]
+    ways = ("beam", "groups", "temperature", "samples", "candidates")
+    finders = [name for name in ways if name in asked]
+    if rerank and not finders:
+        asked = {"temperatures": TEMPERATURES} | asked
+    elif finders and "temperatures" not in asked:
+        asked["temperatures"] = ()
     candidates = asked.pop("candidates", None)
-    if "temperatures" in asked and not rerank:
-        raise CapGenError(
-            "several temperatures give candidates for a CLIP to choose from",
-            "ask for re-ranking too (--rerank)",
-        )
-    if "temperatures" in asked and finders:
-        raise CapGenError(
-            f"{finders[0]} and temperatures both say how to find candidates",
-            "ask for one of the two",
-        )
-    if finders or (rerank and "temperatures" not in asked):
-        asked["temperatures"] = () if finders else TEMPERATURES
     changed = replace(config, **asked)
     samples = changed.samples if candidates is None else candidates
     checked = from_dict(DecodingConfig, vars(changed) | {"samples": samples})
     changed = replace(checked, samples=changed.samples)
-    if samples < 1:
-        raise CapGenError(f"{samples} candidates are not possible", "ask for 1 or more")
-    searches = [name for name in ("beam", "groups") if asked.get(name, 1) > 1]
-    samplers = [name for name in ("temperature", "top_k", "top_p", "samples") if asked.get(name)]
-    if searches and samplers:
-        raise CapGenError(
-            f"{searches[0]} is for beam search, {samplers[0].replace('_', '-')} is for sampling",
-            "ask for one of the two",
-        )
-    if "diversity" in asked and changed.groups == 1:
-        raise CapGenError(
-            "diversity applies between groups, and there is only one",
-            "ask for groups too, such as 3",
-        )
-    if samplers and not changed.temperature and "temperature" not in asked:
+    _refuse_contradictions(changed, samples, asked, finders, rerank)
+    sampling = [name for name in SAMPLING if asked.get(name)]
+    if sampling and not changed.temperature and "temperature" not in asked:
         changed = replace(changed, temperature=1.0)
-    elif {"beam", "groups"} & asked.keys() and not samplers:
+    elif {"beam", "groups"} & asked.keys() and not sampling:
         changed = replace(changed, temperature=0.0)
     if candidates is not None and changed.temperature:
         return replace(changed, samples=candidates)
@@ -125,6 +105,35 @@ def with_options(config: DecodingConfig, rerank: bool = False, **options: Any) -
         beam, groups = max(changed.beam, candidates or 1), max(changed.groups, 1)
         changed = replace(changed, beam=-(-beam // groups) * groups)
     return changed
+
+
+def _refuse_contradictions(
+    config: DecodingConfig, samples: int, asked: dict[str, Any], finders: list[str], rerank: bool
+) -> None:
+    searches = [name for name in ("beam", "groups") if asked.get(name, 1) > 1]
+    sampling = [name for name in SAMPLING if asked.get(name)]
+    if samples < 1:
+        raise CapGenError(f"{samples} candidates are not possible", "ask for 1 or more")
+    if asked.get("temperatures") and not rerank:
+        raise CapGenError(
+            "several temperatures give candidates for a CLIP to choose from",
+            "ask for re-ranking too (--rerank)",
+        )
+    if asked.get("temperatures") and finders:
+        raise CapGenError(
+            f"{finders[0]} and temperatures both say how to find candidates",
+            "ask for one of the two",
+        )
+    if searches and sampling:
+        raise CapGenError(
+            f"{searches[0]} is for beam search, {sampling[0].replace('_', '-')} is for sampling",
+            "ask for one of the two",
+        )
+    if "diversity" in asked and config.groups == 1:
+        raise CapGenError(
+            "diversity applies between groups, and there is only one",
+            "ask for groups too, such as 3",
+        )
 
 
 def describe(config: DecodingConfig) -> str:

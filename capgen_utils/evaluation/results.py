@@ -23,7 +23,7 @@ from capgen_utils.decoding.run import decode_features
 from capgen_utils.evaluation.metrics import clip_score, load_captions
 from capgen_utils.evaluation.scoring import NEAREST, as_lines, assess, scores, split_references
 from capgen_utils.vision.dual_encoder import DualEncoder
-from capgen_utils.vision.features import encode_images, extract, find_cache, find_features
+from capgen_utils.vision.features import encode_images, find_cache, find_features
 
 BATCH = 64  # images that are captioned together
 TIMED = 20  # images, one at a time
@@ -68,9 +68,9 @@ def evaluate(
     part = manifest.split(split).limit(limit)
     feature, dtype = captioner.model.feature, captioner.bundle.extraction_dtype
     whole = find_cache(manifest, captioner.encoder, feature, dtype)
-    cache = whole or extract(part, captioner.encoder, feature, dtype=dtype)
-    reader = captioner.reading(part, cache)
-    names = [item.image for item in part.items if item.image not in cache.failed]
+    reader = captioner.reading(part, whole)
+    failed = reader.cache.failed if reader.cache is not None else {}
+    names = [item.image for item in part.items if item.image not in failed]
     started = time.perf_counter()
     found: dict[str, Caption] = {}
     for start in tqdm(range(0, len(names), BATCH), desc="captioning", unit="batch"):
@@ -87,64 +87,51 @@ def evaluate(
     }
     result = {"kind": "evaluation"} | assess(captions, manifest, split, whole, ended, java)
     result["protocol"] = rules | result["protocol"]
-    comparison = _reranking(reader, found, references, manifest) if rerank else {}
-    if comparison:
-        comparison["temperatures"] = rules["temperatures"]
-    if judge is not None:
-        comparison |= _judged(reader, judge.to(reader.device), found, references, rerank)
-    result["reranking"] = comparison or None
+    result["reranking"] = _reranking(reader, judge, found, references, manifest, rules)
     result["unfinished"] = len(found) - sum(ended.values())
     result["captions_per_second"] = round(len(captions) / seconds, 2)
     result["cost"] = _cost(reader, part, names[:TIMED], decoding)
     return Evaluation(captions, with_facts(result, captioner.bundle))
 
 
-def _first_choices(found: Mapping[str, Caption]) -> dict[str, str]:
-    """Return for each image the caption that the captioner itself ranks first."""
-    return {
-        name: next(candidate.text for candidate in caption.candidates if candidate.rank == 0)
-        for name, caption in found.items()
-    }
-
-
 def _reranking(
     captioner: Captioner,
-    found: Mapping[str, Caption],
-    references: Mapping[str, Any],
-    manifest: Manifest,
-) -> dict[str, Any]:
-    """Return what re-ranking changed, with the scores of the captioner's own first choices."""
-    scorer, first = captioner.scorer, _first_choices(found)
-    changed = sum(caption.text != first[name] for name, caption in found.items())
-    return {
-        "scorer": scorer.name,
-        "scorer_weights": scorer.weights_hash(),
-        "candidates": max(len(caption.candidates) for caption in found.values()),
-        "changed": round(changed / len(found), 4),
-        "scores without": scores(first, references, manifest),
-    }
-
-
-def _judged(
-    captioner: Captioner,
-    judge: DualEncoder,
+    judge: DualEncoder | None,
     found: Mapping[str, Caption],
     references: Mapping[str, Sequence[str]],
-    reranked: bool,
-) -> dict[str, Any]:
-    """Return the mean CLIPScore, by a CLIP that chose nothing, of captions and human captions."""
-    names = list(found)
-    batches = [names[start : start + BATCH] for start in range(0, len(names), BATCH)]
-    images = torch.cat([captioner.clip_vectors(judge, batch) for batch in batches]).numpy()
+    manifest: Manifest,
+    rules: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """Return what re-ranking changed, and the mean CLIPScores by a CLIP that chose nothing.
+
+    Returns:
+        ``None`` without re-ranking and without a ``judge``.
+    """
+    result: dict[str, Any] = {}
     texts = {"CLIPScore": {name: caption.text for name, caption in found.items()}}
-    if reranked:
-        texts["CLIPScore without"] = _first_choices(found)
-    texts["CLIPScore of a human caption"] = {name: references[name][0] for name in names}
-    result: dict[str, Any] = {"judge": judge.name, "judge_weights": judge.weights_hash()}
-    for row, captions in texts.items():
-        embedded = judge.embed_texts([captions[name] for name in names]).numpy()
-        result[row] = round(float(clip_score(images, embedded).mean()), 4)
-    return result
+    if rules["chosen_by"] is not None:
+        scorer = captioner.scorer
+        first = {
+            name: next(c.text for c in caption.candidates if c.rank == 0)
+            for name, caption in found.items()
+        }  # the captioner's own choices
+        texts["CLIPScore without"] = first
+        result = {"scorer": scorer.name, "scorer_weights": scorer.weights_hash()}
+        result["temperatures"] = rules["temperatures"]
+        result["candidates"] = max(len(caption.candidates) for caption in found.values())
+        changed = sum(caption.text != first[name] for name, caption in found.items())
+        result["changed"] = round(changed / len(found), 4)
+        result["scores without"] = scores(first, references, manifest)
+    if judge is not None:
+        names, judge = list(found), judge.to(captioner.device)
+        batches = [names[start : start + BATCH] for start in range(0, len(names), BATCH)]
+        images = torch.cat([captioner.clip_vectors(judge, batch) for batch in batches]).numpy()
+        texts["CLIPScore of a human caption"] = {name: references[name][0] for name in names}
+        result |= {"judge": judge.name, "judge_weights": judge.weights_hash()}
+        for row, captions in texts.items():
+            embedded = judge.embed_texts([captions[name] for name in names]).numpy()
+            result[row] = round(float(clip_score(images, embedded).mean()), 4)
+    return result or None
 
 
 def protocol(
