@@ -28,7 +28,7 @@ def test_the_service_offers_every_option_within_the_bounds() -> None:
     assert set(schema) == set(OPTIONS) | {"model", "rerank", "attention"}
 
 
-def test_what_is_stored_is_read_again() -> None:
+def test_stored_options_are_read_back() -> None:
     plain, sampled = DecodingConfig(beam=3), DecodingConfig(temperatures=(0.0, 0.7))
     assert "temperatures" not in plain.to_json(), "bundles and results keep their format"
     for config in (plain, sampled):

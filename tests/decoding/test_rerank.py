@@ -1,5 +1,4 @@
-"""CLIP chooses: the fitting string wins, whoever said it; and captioners, bundles and the command
-line use that."""
+"""Re-ranking with CLIP, on its own and in captioners, bundles and the command line."""
 
 import json
 import shutil
@@ -39,7 +38,7 @@ TWO = sorted(PHOTOS.glob("*.jpg"))[:2]
 
 
 class Table:
-    """A scorer whose vectors are known."""
+    """A scorer with known vectors."""
 
     texts = {"red": [1.0, 0.0], "blue": [0.0, 1.0], "violet": [0.6, 0.8], "": [0.0, -1.0]}
 
@@ -73,7 +72,7 @@ def test_the_fitting_caption_comes_first() -> None:
     assert sorted(scorer.read) == ["", "blue", "red", "violet"], "each text is read once"
 
 
-def test_vectors_may_be_given_instead_of_images() -> None:
+def test_vectors_can_replace_images() -> None:
     scorer: Any = Table()
     assert rerank(scorer, torch.tensor([[0.0, 2.0]]), [["red", "blue"]]) == [
         [("blue", 2.0), ("red", 0.0)]
@@ -95,7 +94,7 @@ def test_each_image_needs_its_own_list() -> None:
         rerank(scorer, ["a", "b"], [["red"]])
 
 
-def test_what_is_chosen_from() -> None:
+def test_reranking_implies_temperatures_unless_another_way_is_asked_for() -> None:
     def temperatures(**options: Any) -> tuple[float, ...]:
         return with_options(DecodingConfig(), rerank=True, **options).temperatures
 
@@ -116,7 +115,7 @@ def test_what_is_chosen_from() -> None:
 def clip_bundle(
     folder: Path, scorer: DualEncoder | None = None, encoder: Encoder | None = None, **more: Any
 ) -> Bundle:
-    """Write the bundle of a captioner that reads words as ``scorer`` does."""
+    """Write the bundle of a captioner with the vocabulary of ``scorer``."""
     encoder = encoder or new_shapes_cnn(32)
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer=tokenizer, shape=encoder.outputs["grid"])
@@ -130,7 +129,7 @@ def clip_bundle(
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the bundle of a captioner with a scorer that sees through its encoder."""
+    """Return the bundle of a captioner whose scorer shares its encoder."""
     folder = tmp_path_factory.mktemp("rerank") / "bundle"
     torch.manual_seed(3)
     encoder = new_shapes_cnn(32)
@@ -138,7 +137,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_captioner_lets_clip_choose(bundle: Path) -> None:
+def test_a_captioner_reranks_with_clip(bundle: Path) -> None:
     captioner = Captioner.from_bundle(bundle, "cpu")
     for caption, photo in zip(captioner.caption(TWO, rerank=True), TWO, strict=True):
         texts = [candidate.text for candidate in caption.candidates]
@@ -164,7 +163,7 @@ def test_a_captioner_lets_clip_choose(bundle: Path) -> None:
     assert all(c.clip_score is None for c in captioner.caption(PHOTO)[0].candidates)
 
 
-def test_other_temperatures_a_beam_or_samples(bundle: Path) -> None:
+def test_candidates_can_come_from_temperatures_a_beam_or_samples(bundle: Path) -> None:
     captioner = Captioner.from_bundle(bundle, "cpu")
     two = captioner.caption(PHOTO, rerank=True, temperatures=(0.0, 3.0), seed=4)[0]
     assert sorted(c.temperature for c in two.candidates) == [0.0, 3.0]
@@ -182,7 +181,7 @@ def test_other_temperatures_a_beam_or_samples(bundle: Path) -> None:
         captioner.caption(PHOTO, rerank=True, temperatures=(-1.0,))
 
 
-def test_the_scorer_uses_what_the_captioner_has_seen(
+def test_the_scorer_shares_the_captioners_features(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captioner = Captioner.from_bundle(bundle, "cpu")
@@ -199,7 +198,7 @@ def test_the_scorer_uses_what_the_captioner_has_seen(
     assert captioner.caption(PHOTO, rerank=True)
 
 
-def test_a_second_encoder_looks_where_the_scorer_has_other_eyes(
+def test_a_scorer_with_another_encoder_encodes_the_images_itself(
     bundle: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(8)
@@ -225,7 +224,7 @@ def test_a_bundle_without_a_scorer_says_how_to_get_one(tmp_path: Path) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    """Return the folders and files right below ``folder``."""
+    """Return the names of the files and folders in ``folder``."""
     return {path.name for path in folder.iterdir()}
 
 
@@ -277,7 +276,7 @@ def test_an_encoder_that_is_half_of_the_scorer_is_stored_once(tmp_path: Path) ->
     )
 
 
-def test_a_public_stem_needs_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_stem_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENCODERS, "tiny", lambda _: tiny_encoder())
     dual = tiny_dual(tiny_encoder())
     clip_bundle(tmp_path / "b", dual, tiny_encoder())
@@ -290,7 +289,7 @@ def test_a_public_stem_needs_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- the command line
 
 
-def test_the_command_line_lets_clip_choose(bundle: Path) -> None:
+def test_the_command_line_reranks(bundle: Path) -> None:
     asked = ("caption", PHOTO, "--bundle", bundle, "--device", "cpu", "--rerank", "--json")
     done = capgen(*asked)
     assert done.returncode == 0, done.stderr
@@ -341,7 +340,7 @@ def test_the_command_line_without_a_scorer(tmp_path: Path) -> None:
 # --- evaluation
 
 
-def test_an_evaluation_says_who_chose_and_what_a_judge_says_of_it(
+def test_an_evaluation_reports_the_scorer_and_the_judge(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAPGEN_DATA", str(tmp_path / "data"))
@@ -391,7 +390,7 @@ def test_an_evaluation_says_who_chose_and_what_a_judge_says_of_it(
     json.dumps(found.result)
 
 
-def test_choosing_on_the_command_line(bundle: Path, tmp_path: Path) -> None:
+def test_evaluate_reranks_on_the_command_line(bundle: Path, tmp_path: Path) -> None:
     shapes.generate(tmp_path / "shapes", 40)
     tiny_dual(new_shapes_cnn(64)).save(tmp_path / "judge")
     done = capgen(

@@ -1,5 +1,4 @@
-"""Results: complete, without a word about the machine's owner, and the same numbers when they are
-computed again."""
+"""Results files: complete, without private names, and reproducible from their captions."""
 
 import json
 import platform
@@ -55,7 +54,7 @@ def captioner_of(folder: Path) -> Captioner:
     return Captioner(load_bundle(folder / "run" / "bundle"), tiny_encoder(), CPU)
 
 
-def test_a_result_is_complete_and_names_no_host_and_no_path(
+def test_a_result_is_complete_without_host_names_and_paths(
     evaluation: tuple[Evaluation, Path],
 ) -> None:
     result = evaluation[0].result
@@ -68,7 +67,7 @@ def test_a_result_is_complete_and_names_no_host_and_no_path(
     assert json.loads(json.dumps(result)) == result
 
 
-def test_the_rules_see_what_is_missing() -> None:
+def test_the_rules_find_missing_parts() -> None:
     assert len(problems({})) > 20
     assert any("path" in p for p in problems({"x": "see /somewhere/else/file.txt"}))
     assert any("host" in p for p in problems({"x": "on bigbox17"}, "bigbox17"))
@@ -93,9 +92,7 @@ def test_captions_on_the_wrong_images_score_lower(evaluation: tuple[Evaluation, 
     assert found["distinct"] == 5
 
 
-def test_predictions_are_in_cocos_format(
-    evaluation: tuple[Evaluation, Path], tmp_path: Path
-) -> None:
+def test_predictions_have_cocos_format(evaluation: tuple[Evaluation, Path], tmp_path: Path) -> None:
     write_predictions(tmp_path / "p.json", evaluation[0].captions)
     assert prediction_problems(tmp_path / "p.json") == []
     rows = json.loads((tmp_path / "p.json").read_text())
@@ -113,7 +110,7 @@ def test_the_summary_shows_the_rules_beside_the_numbers(
     assert "WARNING: few references" in text
 
 
-def test_what_a_caption_costs_is_measured(evaluation: tuple[Evaluation, Path]) -> None:
+def test_the_cost_of_a_caption_is_measured(evaluation: tuple[Evaluation, Path]) -> None:
     spent = evaluation[0].result["cost"]
     assert spent["images"] == 5 and spent["decoding_ms"] > 0 and spent["encoding_ms"] > 0
     bundle = load_bundle(evaluation[1] / "run" / "bundle")
@@ -137,7 +134,7 @@ def stored(
     return tmp_path / "tiny.json"
 
 
-def test_scoring_again_finds_the_same_and_keeps_the_rest(
+def test_rescoring_gives_the_same_scores_and_keeps_the_rest(
     stored: Path, evaluation: tuple[Evaluation, Path]
 ) -> None:
     manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
@@ -165,7 +162,7 @@ def test_scoring_again_finds_the_same_and_keeps_the_rest(
     )
 
 
-def test_scoring_again_adds_what_an_old_file_lacks(
+def test_rescoring_adds_what_an_old_file_lacks(
     stored: Path, evaluation: tuple[Evaluation, Path]
 ) -> None:
     manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
@@ -179,7 +176,7 @@ def test_scoring_again_adds_what_an_old_file_lacks(
     assert rescore(stored, manifest).result["scores"] == old["scores"]
 
 
-def test_scoring_again_refuses_what_does_not_fit(
+def test_rescoring_refuses_files_that_do_not_fit(
     stored: Path, evaluation: tuple[Evaluation, Path]
 ) -> None:
     manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
@@ -292,7 +289,7 @@ BARS = {
 
 
 @pytest.mark.parametrize("model", BARS)
-def test_results_reach_what_the_course_promises(model: str) -> None:
+def test_results_reach_the_promised_scores(model: str) -> None:
     drawn = read_result(ROOT / "results" / f"shapes_{model}.json")
     assert drawn["scores"]["true"] >= (0.90 if model == "clip_prefix" else 0.95)
     assert drawn["scores"]["true_shuffled"] <= 0.15 and drawn["training_run"]["minutes"] < 3
@@ -301,7 +298,7 @@ def test_results_reach_what_the_course_promises(model: str) -> None:
     )
 
 
-def test_the_rules_for_attention_see_what_they_should() -> None:
+def test_the_rules_for_attention_find_problems() -> None:
     paths = [path for path in RESULTS if path.name.endswith("_attention.json")]
     result = json.loads(paths[0].read_text(encoding="utf-8"))
     assert attention_problems(result) == []
