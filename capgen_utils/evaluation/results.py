@@ -82,7 +82,7 @@ def evaluate(
     references = split_references(captions, manifest, split)
     rules = protocol(captioner, manifest, split, len(captions), decoding) | {
         "references": sum(map(len, references.values())),
-        "chosen_by": captioner.scorer.name if rerank else None,
+        "chosen_by": reader.scorer.name if rerank else None,
         "temperatures": list(decoding.temperatures) or None,
     }
     result = {"kind": "evaluation"} | assess(captions, manifest, split, whole, ended, java)
