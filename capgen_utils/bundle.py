@@ -1,7 +1,6 @@
-"""Bundles (what is used) and training checkpoints (what is resumed): safetensors and JSON, never
-pickle."""
+"""Bundles: trained captioners on disk, as safetensors and JSON, never pickle (notebook 11)."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,9 @@ VERSION = 1
 GET_AGAIN = "copy the whole bundle folder again, or train again with this version (capgen train)"
 
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 @dataclass
 class Bundle:
     """A trained captioner with everything it needs to caption a photograph.
@@ -33,85 +35,57 @@ class Bundle:
         tokenizer: of its captions.
         info: ``config.json``: model, preset, encoder, extraction dtype, decoding defaults, metrics,
             revision.
-        folder: where it was read from; ``None`` for one that was just trained.
+        folder: the folder it was read from; ``None`` for a captioner that was just trained.
+        encoder_weights: a local weights file of the encoder, or folder of a published CLIP, if
+            they cannot be downloaded.
     """
 
     model: CaptionModel
     tokenizer: Tokenizer
     info: dict[str, Any]
-    folder: Path | None = field(default=None)
+    folder: Path | None = None
+    encoder_weights: Path | None = None
 
     @property
     def decoding(self) -> DecodingConfig:
-        """The decoding defaults that were stored with the weights."""
+        """The decoding defaults that are stored with the weights."""
         return from_dict(DecodingConfig, self.info["decoding"])
 
     @property
     def extraction_dtype(self) -> torch.dtype:
-        """The dtype that the training features were computed in; used again on fresh photographs."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-            self.info["extraction_dtype"]
-        ]
+        """The dtype of the training features, used for new photographs as well."""
+        return _DTYPES[self.info["extraction_dtype"]]
 
-    def build_encoder(self, weights: Path | None = None) -> Encoder:
+    def build_encoder(self) -> Encoder:
         """Return the encoder the captioner was trained on, with the stored preprocessing.
 
         Raises:
-            CapGenError: its weights cannot be had, or are other ones than those of training.
+            CapGenError: its weights are not available, or are not those of training.
         """
-        own = self.folder / "encoder" if self.folder else None
-        return restore_encoder(self.info["encoder"], own, weights)
+        stored = self.folder / "encoder" if self.folder else None
+        return restore_encoder(self.info["encoder"], stored, self.encoder_weights)
 
-    def build_scorer(self, weights: Path | None = None) -> DualEncoder | None:
-        """Return the CLIP that chooses among captions: from the bundle, or the published one of its
-        encoder.
-
-        Args:
-            weights: a local weights file of the CLIP's stem, or folder of a published CLIP.
+    def build_scorer(self) -> DualEncoder | None:
+        """Return the CLIP that re-ranks captions: from the bundle, or its published encoder.
 
         Returns:
-            ``None`` where the bundle has none.
+            ``None`` if the bundle has none.
 
         Raises:
-            CapGenError: it is damaged, or its weights cannot be had.
+            CapGenError: it is damaged, or its weights are not available.
         """
-        own = scorer_folder(self.folder) if self.folder is not None else None
-        if own is not None:
-            return DualEncoder.load(own, weights)
+        stored = scorer_folder(self.folder) if self.folder is not None else None
+        if stored is not None:
+            return DualEncoder.load(stored, self.encoder_weights)
         name = self.info["encoder"]["name"]
-        return DualEncoder.published(name, weights) if name in CLIPS else None
+        return DualEncoder.published(name, self.encoder_weights) if name in CLIPS else None
 
 
 def scorer_folder(folder: Path) -> Path | None:
-    """Return where the bundle in ``folder`` keeps the CLIP that chooses among captions, if it holds
-    one."""
+    """Return the folder of the CLIP in the bundle ``folder``, if it has one."""
     if (folder / "scorer").is_dir():
         return folder / "scorer"
     return folder / "encoder" if (folder / "encoder" / "text.safetensors").is_file() else None
-
-
-def require_scorer(
-    bundle: Bundle, folder: Path | None = None, weights: Path | None = None
-) -> DualEncoder:
-    """Return the CLIP in ``folder``, else the bundle's own.
-
-    Args:
-        bundle: a captioner.
-        folder: what ``DualEncoder.save`` wrote.
-        weights: as in ``Bundle.build_scorer``.
-
-    Raises:
-        CapGenError: there is none, or it cannot be loaded.
-    """
-    scorer = (
-        DualEncoder.load(folder, weights) if folder is not None else bundle.build_scorer(weights)
-    )
-    if scorer is None:
-        raise CapGenError(
-            "this bundle holds no CLIP that could choose among captions",
-            "train a small one (capgen pretrain) and name its folder: scorer=FOLDER, --scorer FOLDER",
-        )
-    return scorer
 
 
 def save_bundle(
@@ -124,12 +98,12 @@ def save_bundle(
     """Write ``bundle`` as a folder in one atomic step.
 
     Args:
-        folder: replaced when it exists.
-        bundle: what to write; weights are stored in ``dtype``, or in less where nothing is lost by
-            it.
-        encoder: stored too when it is not public.
-        scorer: a CLIP that chooses among captions, stored too; where ``encoder`` is its image half,
-            in its place.
+        folder: replaced if it exists.
+        bundle: its weights are stored in ``dtype``, or in fewer bits where that is lossless.
+        encoder: stored too unless it is public.
+        dtype: of the stored weights.
+        scorer: a CLIP that re-ranks captions, stored too; in place of ``encoder`` if that is its
+            image half.
     """
     with atomic_path(folder) as temporary:
         temporary.mkdir()
@@ -153,7 +127,7 @@ def bundle_info(
     preset: str,
     **more: Any,
 ) -> dict[str, Any]:
-    """Return what ``config.json`` says of a captioner."""
+    """Return the contents of a bundle's ``config.json``; ``more`` is added to it."""
     output = model.feature
     return {
         "model": model_name,
@@ -161,14 +135,19 @@ def bundle_info(
         "feature": {"output": output, "shape": list(encoder.outputs[output])},
         "encoder": encoder.describe(),
         "extraction_dtype": str(extraction_dtype).removeprefix("torch."),
-        "decoding": asdict(decoding),
+        "decoding": decoding.to_json(),
         "preset": preset,
         **more,
     }
 
 
-def load_bundle(folder: Path) -> Bundle:
+def load_bundle(folder: Path, encoder_weights: Path | None = None) -> Bundle:
     """Load a bundle. It is data, never code: names, shapes, sizes and types are checked before use.
+
+    Args:
+        folder: written by ``save_bundle``.
+        encoder_weights: a local weights file of the encoder, or folder of a published CLIP, if
+            they cannot be downloaded.
 
     Raises:
         CapGenError: a file is missing, damaged, of another version, or does not fit the others.
@@ -186,9 +165,7 @@ def load_bundle(folder: Path) -> Bundle:
     tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json", GET_AGAIN))
     config = model_config(info["model"], info["architecture"])
     try:
-        with torch.device(
-            "meta"
-        ):  # shapes first: nothing is allocated for a bundle that does not fit
+        with torch.device("meta"):  # shapes first: a bundle that does not fit allocates nothing
             model = build_model(info["model"], config, tokenizer, tuple(info["feature"]["shape"]))
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CapGenError(
@@ -201,7 +178,7 @@ def load_bundle(folder: Path) -> Bundle:
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     tensors = read_tensors(folder / "model.safetensors", shapes, GET_AGAIN)
     model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
-    return Bundle(model.eval().requires_grad_(False), tokenizer, info, folder)
+    return Bundle(model.eval().requires_grad_(False), tokenizer, info, folder, encoder_weights)
 
 
 _KINDS: dict[str, type] = {
@@ -217,9 +194,10 @@ _KINDS: dict[str, type] = {
 def _check_info(info: Any, folder: Path) -> None:
     version = info.get("version") if isinstance(info, dict) else None
     if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
         raise CapGenError(
-            f"the bundle {folder} is of version {version}, this CapGen reads version {VERSION}",
-            GET_AGAIN,
+            f"the bundle {folder} has format version {version}, this CapGen reads {VERSION}",
+            "update CapGen (git pull, pip install -e .)" if newer else GET_AGAIN,
         )
     for key, kind in _KINDS.items():
         if not isinstance(info.get(key), kind):
@@ -233,7 +211,7 @@ def _check_info(info: Any, folder: Path) -> None:
     limits |= {"n_embd": 8192, "n_layer": 128, "n_positions": 2**16, "reduction": 1024}
     possible = (
         all(isinstance(n, int) and 0 < n <= 10**5 for n in sizes)
-        and info["extraction_dtype"] in ("float32", "bfloat16", "float16")
+        and info["extraction_dtype"] in _DTYPES
         and all(isinstance(encoder.get(key), str) for key in ("name", "weights_hash"))
         and isinstance(encoder.get("preprocessing"), dict)
         and all(0 < architecture.get(key, 1) <= limit for key, limit in limits.items())
@@ -241,7 +219,7 @@ def _check_info(info: Any, folder: Path) -> None:
         and isinstance(info.get("training"), dict | None)
     )
     if not possible:
-        raise CapGenError(f"{folder}/config.json holds values that are not possible", GET_AGAIN)
+        raise CapGenError(f"{folder}/config.json holds impossible values", GET_AGAIN)
     preprocessing_from_json(encoder["preprocessing"])
     try:
         check_decoding(from_dict(DecodingConfig, info["decoding"]))

@@ -1,48 +1,44 @@
-"""``Captioner``: the one object that turns images into captions."""
+"""``Captioner``: the one object that turns images into captions (notebook 11)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from capgen_utils.bundle import Bundle, load_bundle, require_scorer
+from capgen_utils.bundle import Bundle, load_bundle
 from capgen_utils.common.device import choose_device
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.paths import REPOSITORY
 from capgen_utils.config import DecodingConfig
 from capgen_utils.data.images import ImageLike, is_many, open_image
-from capgen_utils.decoding.captions import Caption, Hypothesis, Specials, caption_of
-from capgen_utils.decoding.options import (
-    DecodingOptions,
-    check_decoding,
-    longest_caption,
-    with_options,
-)
-from capgen_utils.decoding.rerank import best_first, fit, shared_sight, temperatures_of
-from capgen_utils.decoding.run import decode_features, image_key, word_attention
+from capgen_utils.data.manifest import Manifest
+from capgen_utils.decoding.captions import Caption, Specials, caption_of
+from capgen_utils.decoding.options import check_decoding, longest_caption, with_options
+from capgen_utils.decoding.rerank import fit, shared_encoder
+from capgen_utils.decoding.run import decode_features, encode_features, image_key, word_attention
 from capgen_utils.decoding.search import decode
 from capgen_utils.vision.dual_encoder import DualEncoder
 from capgen_utils.vision.encoder import Encoder
-from capgen_utils.vision.features import encode_images
+from capgen_utils.vision.features import FeatureCache, encode_pixels, extract
 
 DEFAULT_BUNDLE = REPOSITORY / "data" / "bundles" / "flickr8k_transformer"
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How the captions of an image are found, and who chooses among them."""
+class Seen(NamedTuple):
+    """What a captioner's encoder saw of B images.
 
-    decoding: DecodingConfig
-    temperatures: tuple[float, ...] | None = None
-    scorer: DualEncoder | None = None
+    Attributes:
+        features: (B, ...), float16, on the CPU.
+        keys: one number per image, which its samples depend on; see ``decoding.search.decode``.
+    """
 
-    @property
-    def draws(self) -> bool:
-        return any(self.temperatures or (self.decoding.temperature,))
+    features: Tensor
+    keys: list[int]
 
 
 class Captioner:
@@ -50,6 +46,21 @@ class Captioner:
 
     >>> captioner = Captioner.from_bundle()
     >>> captioner.caption("data/photos/cat.jpg")[0].text  # doctest: +SKIP
+
+    Args:
+        bundle: the trained captioner.
+        encoder: the encoder that it was trained on.
+        device: by default the best one of this machine.
+        scorer: a CLIP for re-ranking; by default the bundle's own, if it has one.
+
+    Attributes:
+        bundle, encoder, model, tokenizer, device: its parts, the networks on the device.
+        specials: token ids that decoding needs.
+        decoding: the bundle's decoding defaults.
+        longest: the longest caption in tokens, including the end token.
+        features_dtype: the encoder's compute dtype: ``float32``, ``bfloat16`` or ``float16``.
+        folder: the folder that the bundle was read from.
+        images, cache: set by ``reading``: a manifest and its features.
     """
 
     def __init__(
@@ -58,14 +69,18 @@ class Captioner:
         encoder: Encoder,
         device: torch.device | None = None,
         scorer: DualEncoder | None = None,
-        encoder_weights: Path | None = None,
     ) -> None:
         self.device = device or choose_device()
-        self._given_scorer, self._weights = scorer, encoder_weights
         self.bundle, self.encoder = bundle, encoder.to(self.device)
         self.model = bundle.model.to(self.device).eval()
         self.tokenizer = bundle.tokenizer
         self.specials = Specials.of(self.tokenizer)
+        self.decoding, self.longest = bundle.decoding, longest_caption(self.model)
+        self.features_dtype, self.folder = str(bundle.info["extraction_dtype"]), bundle.folder
+        self._scorer = scorer
+        self.images: Manifest | None = None
+        self.cache: FeatureCache | None = None
+        self._shared: dict[DualEncoder, Callable[[Tensor], Tensor] | None] = {}
 
     @classmethod
     def from_bundle(
@@ -79,67 +94,104 @@ class Captioner:
         """Load a bundle and its encoder.
 
         Args:
-            path: the bundle's folder; by default the trained one that ships with CapGen.
-            device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-            encoder_weights: a local weights file of the encoder, where its own cannot be
-                downloaded.
-            scorer: folder of a CLIP that can choose among captions; by default the bundle's own,
-                where it has one.
-            fp32: compute features in fp32, as an exported captioner does, and not in the dtype that
-                those of training were computed in; a caption in many differs.
+            path: the bundle's folder; by default the captioner that ships with CapGen.
+            device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+            encoder_weights: a local weights file of the encoder, if it cannot be downloaded.
+            scorer: folder of a CLIP for re-ranking; by default the bundle's own, if it has one.
+            fp32: compute features in fp32, as exported captioners do, instead of in the dtype of
+                the training features. A few captions differ.
 
         Raises:
             CapGenError: the bundle, the encoder's weights or the scorer cannot be loaded; says what
                 to do.
         """
-        bundle = load_bundle(Path(path) if path is not None else DEFAULT_BUNDLE)
+        bundle = load_bundle(DEFAULT_BUNDLE if path is None else Path(path), encoder_weights)
         if fp32:
             bundle.info["extraction_dtype"] = "float32"
-        given = (
-            require_scorer(bundle, Path(scorer), encoder_weights) if scorer is not None else None
-        )
-        return cls(
-            bundle,
-            bundle.build_encoder(encoder_weights),
-            choose_device(device),
-            given,
-            encoder_weights,
-        )
-
-    @property
-    def decoding(self) -> DecodingConfig:
-        """How captions are found unless asked otherwise."""
-        return self.bundle.decoding
-
-    @property
-    def longest(self) -> int:
-        """Tokens that a caption can have, its end token included."""
-        return longest_caption(self.model)
-
-    @property
-    def features_dtype(self) -> str:
-        """What the encoder computes in: ``float32``, ``bfloat16`` or ``float16``."""
-        return str(self.bundle.info["extraction_dtype"])
-
-    @property
-    def folder(self) -> Path | None:
-        """Where the bundle was read from."""
-        return self.bundle.folder
+        clip = None if scorer is None else DualEncoder.load(Path(scorer), encoder_weights)
+        return cls(bundle, bundle.build_encoder(), choose_device(device), clip)
 
     @cached_property
     def scorer(self) -> DualEncoder:
-        """The CLIP that chooses among captions: the one that was given, else the bundle's.
+        """The CLIP that re-ranks captions.
 
         Raises:
             CapGenError: there is none, or it cannot be loaded.
         """
-        return (self._given_scorer or require_scorer(self.bundle, None, self._weights)).to(
-            self.device
-        )
+        scorer = self._scorer or self.bundle.build_scorer()
+        if scorer is None:
+            raise CapGenError(
+                "this bundle has no CLIP to re-rank captions with",
+                "train a small one (capgen pretrain) and name its folder: "
+                "scorer=FOLDER, --scorer FOLDER",
+            )
+        return scorer.to(self.device)
 
-    @cached_property
-    def _scorer_reads(self) -> Callable[[Tensor], Tensor] | None:
-        return shared_sight(self.scorer, self.encoder, self.model.feature)
+    def reading(self, manifest: Manifest, cache: FeatureCache | None = None) -> "Captioner":
+        """Return a copy of this captioner that reads cached features of ``manifest``.
+
+        It takes image names of the manifest instead of photographs. What it samples for an image
+        depends on the name and the seed.
+
+        Args:
+            manifest: the images.
+            cache: their features by this captioner's encoder; by default they are extracted, or
+                found in the data folder.
+
+        Raises:
+            CapGenError: see ``vision.features.extract``.
+        """
+        reader = copy(self)
+        if cache is None:
+            dtype = self.bundle.extraction_dtype
+            cache = extract(manifest, self.encoder, self.model.feature, dtype=dtype)
+        reader.images, reader.cache = manifest, cache
+        return reader
+
+    def see(self, images: Sequence[Any]) -> Seen:
+        """Open, resize and encode images, or read their features from the cache.
+
+        Raises:
+            CapGenError: an image cannot be read, or is not in the cache.
+        """
+        if self.cache is not None:
+            return Seen(self.cache.rows(images), [image_key(name.encode()) for name in images])
+        # (B, size, size, 3), uint8
+        pixels = np.stack([self.encoder.preprocessing(open_image(image)) for image in images])
+        outputs = encode_pixels(self.encoder, pixels, self.bundle.extraction_dtype)
+        return Seen(outputs[self.model.feature], [image_key(image.tobytes()) for image in pixels])
+
+    def memory(self, images: Sequence[Any]) -> Any:
+        """Return the model's memory of images, from which it decodes captions.
+
+        Raises:
+            CapGenError: an image cannot be read.
+        """
+        return encode_features(self.model, self.see(images).features)
+
+    def clip_vectors(
+        self, clip: DualEncoder, images: Sequence[Any], features: Tensor | None = None
+    ) -> Tensor:
+        """Return a CLIP's vectors (B, E) of images, on the CPU.
+
+        If both share an encoder, the captioner's features are used.
+
+        Args:
+            clip: the scorer, or another one.
+            images: as ``see`` takes them.
+            features: what ``see`` returned for them.
+
+        Raises:
+            CapGenError: an image cannot be read.
+        """
+        if clip not in self._shared:  # comparing weights takes a while: once per CLIP
+            self._shared[clip] = shared_encoder(clip, self.encoder, self.model.feature)
+        read = self._shared[clip]
+        if read is not None:
+            return read(self.see(images).features if features is None else features).cpu()
+        if self.images is not None:
+            images = [self.images.root / name for name in images]
+        return clip.embed_images(images, self.bundle.extraction_dtype)
 
     def caption(
         self,
@@ -147,62 +199,47 @@ class Captioner:
         *,
         batch_size: int = 32,
         rerank: bool = False,
-        temperatures: Sequence[float] | None = None,
-        **options: Unpack[DecodingOptions],
+        **options: Any,
     ) -> list[Caption]:
         """Caption one image or many.
 
-        What is drawn for an image hangs on its pixels and the seed, not on the images beside it.
+        What is sampled for an image depends on its pixels and the seed, not on the other images.
 
         Args:
             images: a path, PIL image, array (H, W, 3) or torch tensor (3, H, W), or a sequence of
                 them; also a tensor (B, 3, H, W). Numbers are uint8, or float from 0 to 1.
-            batch_size: images that go through the networks together.
-            rerank: let the ``scorer`` choose the caption that fits the image best.
-            temperatures: what it chooses from: one caption drawn at each of these, 0 being the most
-                likely one. By default 0, 0.01, 0.1, 0.5, 0.7, 1 and 1.5, unless options ask for a
-                beam or for samples.
-            options: instead of the bundle's own decoding defaults: ``beam`` (1 is greedy search),
+            batch_size: images per batch.
+            rerank: let the ``scorer`` choose the caption that fits the image best, by default among
+                captions sampled at ``temperatures`` 0, 0.01, 0.1, 0.5, 0.7, 1 and 1.5.
+            options: replace the bundle's decoding defaults: ``beam`` (1 is greedy search),
                 ``max_length`` in tokens, ``min_length``, ``length_penalty``, ``temperature`` (above
-                0 draws captions), ``top_k``, ``top_p``, ``repetition_penalty``,
-                ``no_repeat_ngram``, ``groups`` and ``diversity`` of the beam, ``candidates`` an
-                image, ``seed``; see ``config.DecodingConfig`` and ``decoding.with_options``.
+                0 samples captions), ``temperatures``, ``top_k``, ``top_p``,
+                ``repetition_penalty``, ``no_repeat_ngram``, ``groups`` and ``diversity`` of the
+                beam, ``candidates`` per image, ``seed``; see ``config.DecodingConfig`` and
+                ``decoding.options.with_options``.
 
         Returns:
-            One ``Caption`` for each image, in their order.
+            One ``Caption`` per image, in their order.
 
         Raises:
             CapGenError: an image cannot be read (names it), the options are not possible, or there
                 is no scorer.
         """
         many: Sequence[Any] = images if is_many(images) else [images]  # type: ignore[assignment]
-        plan = self._plan(options, rerank, temperatures)
-        parts = (many[start : start + batch_size] for start in range(0, len(many), batch_size))
-        return [caption for part in parts for caption in self._caption_batch(part, plan)]
+        decoding = self._decoding(rerank, options)
+        batches = (many[start : start + batch_size] for start in range(0, len(many), batch_size))
+        return [c for batch in batches for c in self._caption_batch(batch, decoding, rerank)]
 
     def caption_each(
-        self,
-        paths: Sequence[Path],
-        *,
-        batch_size: int = 32,
-        rerank: bool = False,
-        temperatures: Sequence[float] | None = None,
-        **options: Unpack[DecodingOptions],
+        self, paths: Sequence[Path], *, batch_size: int = 32, rerank: bool = False, **options: Any
     ) -> Iterator[tuple[Path, Caption | CapGenError]]:
-        """Caption many files as ``caption`` does, yielding each with its caption or the error that
-        its image caused."""
-        plan = self._plan(options, rerank, temperatures)
+        """Caption files as ``caption`` does; yields each with its caption or its own error."""
+        decoding = self._decoding(rerank, options)
         for start in range(0, len(paths), batch_size):
-            part = paths[start : start + batch_size]
-            try:
-                captions: Sequence[Caption | CapGenError] = self._caption_batch(part, plan)
-            except CapGenError:
-                captions = self._caption_readable(part, plan)
-            yield from zip(part, captions, strict=True)
+            batch = paths[start : start + batch_size]
+            yield from zip(batch, self._caption_readable(batch, decoding, rerank), strict=True)
 
-    def attention(
-        self, image: ImageLike, **options: Unpack[DecodingOptions]
-    ) -> tuple[Caption, dict[str, Tensor]]:
+    def attention(self, image: ImageLike, **options: Any) -> tuple[Caption, dict[str, Tensor]]:
         """Caption one image and say where the captioner looked for each word.
 
         Args:
@@ -211,98 +248,55 @@ class Captioner:
 
         Returns:
             The caption, and for each layer the weights (words, heads, N) over the encoder's grid;
-            rows sum to 1. A captioner without attention has none.
+            rows sum to 1. Empty for a captioner without attention.
 
         Raises:
             CapGenError: as ``caption``.
         """
-        plan, features = self._plan(options), self._features([image])
-        with torch.inference_mode():
-            memory = self.model.encode(features.to(self.device).float())
-            found = decode(
-                self.model, memory, 1, self.specials, plan.decoding, self._keys([image], plan)
-            )[0]
-            looked = word_attention(self.model, memory, [found[0].tokens], self.specials)[0]
-        return self._result(found), looked
+        decoding, seen = self._decoding(False, options), self.see([image])
+        memory = encode_features(self.model, seen.features)
+        (hypotheses,) = decode(self.model, memory, 1, self.specials, decoding, seen.keys)
+        (weights,) = word_attention(self.model, memory, [hypotheses[0].tokens], self.specials)
+        return caption_of(self.tokenizer, hypotheses), weights
 
-    def _plan(
-        self,
-        options: DecodingOptions,
-        rerank: bool = False,
-        temperatures: Sequence[float] | None = None,
-    ) -> _Plan:
-        decoding = check_decoding(with_options(self.decoding, **options), self.longest)
+    def _decoding(self, rerank: bool, options: dict[str, Any]) -> DecodingConfig:
+        decoding = check_decoding(with_options(self.decoding, rerank, **options), self.longest)
         if rerank:
-            return _Plan(decoding, temperatures_of(temperatures, options), self.scorer)
-        if temperatures is not None:
-            raise CapGenError(
-                "captions are drawn at several temperatures for a CLIP to choose from",
-                "ask for rerank too (--rerank)",
-            )
-        return _Plan(decoding)
+            self.scorer  # noqa: B018 - raises here if there is none, before any image is read
+        return decoding
 
-    def _keys(self, images: Sequence[Any], plan: _Plan) -> list[int] | None:
-        """Return what draws for each image hang on: a hash of the pixels that the encoder sees."""
-        if not plan.draws:
-            return None
+    def _caption_batch(
+        self, images: Sequence[Any], decoding: DecodingConfig, rerank: bool
+    ) -> list[Caption]:
+        features, keys = self.see(images)
+        decoded = decode_features(self.model, features, self.specials, decoding, keys)
+        if not rerank:
+            return [caption_of(self.tokenizer, hypotheses) for hypotheses in decoded]
+        texts = [[self.tokenizer.decode(h.tokens) for h in hypotheses] for hypotheses in decoded]
+        scores = fit(self.scorer, self.clip_vectors(self.scorer, images, features), texts)
         return [
-            image_key(self.encoder.preprocessing(open_image(image), False).tobytes())
-            for image in images
+            caption_of(self.tokenizer, hypotheses, clip_scores)
+            for hypotheses, clip_scores in zip(decoded, scores, strict=True)
         ]
 
-    def _features(self, images: Sequence[Any]) -> Tensor:
-        return encode_images(self.encoder, images, self.bundle.extraction_dtype)[self.model.feature]
-
-    def _caption_batch(self, images: Sequence[Any], plan: _Plan) -> list[Caption]:
-        features, keys = self._features(images), self._keys(images, plan)
-        found = decode_features(
-            self.model,
-            features,
-            self.specials,
-            plan.decoding,
-            keys=keys,
-            temperatures=plan.temperatures,
-        )
-        if plan.scorer is None:
-            return [self._result(hypotheses) for hypotheses in found]
-        vectors = (
-            self._scorer_reads(features) if self._scorer_reads else self._look(plan.scorer, images)
-        )
-        texts = [[self.tokenizer.decode(h.tokens) for h in hypotheses] for hypotheses in found]
-        return [
-            self._result(hypotheses, scores)
-            for hypotheses, scores in zip(found, fit(plan.scorer, vectors, texts), strict=True)
-        ]
-
-    def _look(self, scorer: DualEncoder, images: Sequence[Any]) -> Tensor:
-        return scorer.embed_images(images, self.bundle.extraction_dtype)
-
-    def _caption_readable(self, paths: Sequence[Path], plan: _Plan) -> list[Caption | CapGenError]:
-        """Caption those of a batch that can be read, still together; the others get their errors."""
-        opened = [_why_unreadable(path) for path in paths]
-        good = [path for path, error in zip(paths, opened, strict=True) if error is None]
+    def _caption_readable(
+        self, paths: Sequence[Path], decoding: DecodingConfig, rerank: bool
+    ) -> list[Caption | CapGenError]:
+        """Caption the readable images of a batch together; the others get their errors."""
         try:
-            captions = iter(self._caption_batch(good, plan) if good else ())
-        except CapGenError:  # it is not the files: find the ones that are to blame
-            return [self._caption_or_error(path, plan) for path in paths]
-        return [next(captions) if error is None else error for error in opened]
-
-    def _caption_or_error(self, path: Path, plan: _Plan) -> Caption | CapGenError:
-        try:
-            return self._caption_batch([path], plan)[0]
+            return list(self._caption_batch(paths, decoding, rerank))
         except CapGenError as error:
-            return error
-
-    def _result(
-        self, hypotheses: Sequence[Hypothesis], scores: Sequence[float] | None = None
-    ) -> Caption:
-        order = range(len(hypotheses)) if scores is None else best_first(scores)
-        return caption_of(self.tokenizer, hypotheses, order, scores)
-
-
-def _why_unreadable(path: Path) -> CapGenError | None:
-    try:
-        open_image(path)
-    except CapGenError as error:
-        return error
-    return None
+            if len(paths) == 1:
+                return [error]
+        errors: list[CapGenError | None] = []
+        for path in paths:
+            try:
+                open_image(path)
+                errors.append(None)
+            except CapGenError as error:
+                errors.append(error)
+        readable = [path for path, error in zip(paths, errors, strict=True) if error is None]
+        if len(readable) == len(paths):  # something else went wrong: try them one by one
+            return [r for path in paths for r in self._caption_readable([path], decoding, rerank)]
+        captions = iter(self._caption_readable(readable, decoding, rerank) if readable else ())
+        return [error or next(captions) for error in errors]

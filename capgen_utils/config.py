@@ -1,23 +1,17 @@
-"""Hyperparameters as plain values, the data folder, and the choice of device and dtype."""
+"""Hyperparameters of captioners, CLIP, training and decoding: plain dataclasses, no torch."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any, NamedTuple, TypeVar
 
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.moved import moved_names
 
-if (
-    TYPE_CHECKING
-):  # functions import it themselves: what runs without torch reads configurations too
-    pass
-
-
 Config = TypeVar("Config")
 
-
-LARGEST_BEAM = 100  # hypotheses an image; memory grows with it, captions stop changing long before
+LARGEST_BEAM = 100  # memory grows with the beam; captions stop changing long before this
+LONGEST = 1024  # tokens in a caption
 
 
 @dataclass(frozen=True)
@@ -266,44 +260,89 @@ class ContrastiveConfig(TrainingConfig):
     word_dropout: float = 0.0
 
 
-@dataclass(frozen=True)
-class DecodingConfig:
-    """How captions are found: searched for, or drawn where ``temperature`` is above 0. See
-    ``decoding.decode``.
+class Option(NamedTuple):
+    """What the command line, the service and the bounds check know of one field of a configuration.
 
     Attributes:
-        beam: hypotheses kept for an image; 1 is greedy search. Not used where captions are drawn.
-        max_length: tokens a caption may have, its end token included.
-        length_penalty: a hypothesis of n tokens, its end token counted, is ranked by
-            log-probability / n ** length_penalty.
-        min_length: tokens a caption has at least, its end token not counted.
-        temperature: divides the logits before a token is drawn; 0 draws nothing: greedy or beam
-            search.
-        top_k: draw among the k most likely tokens only; 0 for all.
-        top_p: draw among the most likely tokens only, as few as hold this probability together; 1
-            for all.
-        repetition_penalty: above 1 makes tokens less likely that the caption holds already.
-        no_repeat_ngram: no caption holds a run of this many tokens twice; 0 for no rule.
-        groups: diverse beam search: the beam is split into this many groups that keep apart.
-        diversity: what a group takes off a token's log-probability for each hypothesis of the
-            groups before that goes on with it; not used by a single group.
-        samples: captions drawn for an image, where any are drawn.
-        seed: of what is drawn.
+        low, high: the smallest and the largest possible value, both included.
+        help: one line for ``--help`` and the API schema.
+        metavar: how ``--help`` writes the value.
     """
 
-    beam: int = 5
-    max_length: int = 39
-    length_penalty: float = 1.0
-    min_length: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    groups: int = 1
-    diversity: float = 0.5
-    samples: int = 1
-    seed: int = 0
+    low: float
+    high: float
+    help: str
+    metavar: str = "N"
+
+
+def _option(default: Any, *option: Any) -> Any:
+    return field(default=default, metadata={"option": Option(*option)})
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How captions are searched for or sampled; see ``decoding.search.decode``.
+
+    Each field carries its bounds and its help text. The command line, the service's request schema
+    and the bounds check are built from them.
+
+    Attributes:
+        beam: hypotheses kept per image; 1 is greedy search. Ignored when sampling.
+        max_length: longest caption in tokens, including the end token.
+        length_penalty: a hypothesis of n tokens, including the end token, is ranked by
+            log-probability / n ** length_penalty.
+        min_length: shortest caption in tokens, not counting the end token.
+        temperature: divides the logits before sampling; 0 means greedy or beam search.
+        temperatures: sample one caption at each of these, 0 being the most likely one, instead of
+            using ``beam``, ``temperature`` and ``samples``; empty for none.
+        top_k: sample from the k most likely tokens; 0 for all.
+        top_p: sample from the smallest set of tokens with this total probability; 1 for all.
+        repetition_penalty: above 1, makes tokens that the caption already contains less likely.
+        no_repeat_ngram: never repeat an n-gram of this length; 0 for no limit.
+        groups: diverse beam search: split the beam into this many groups that avoid each other.
+        diversity: subtracted from a token's log-probability for each hypothesis of an earlier group
+            that chose it at the same step; unused with a single group.
+        samples: captions sampled per image.
+        seed: seed for sampling.
+    """
+
+    beam: int = _option(5, 1, LARGEST_BEAM, "hypotheses kept per image; 1 is greedy search")
+    max_length: int = _option(39, 1, LONGEST, "longest caption in tokens")
+    length_penalty: float = _option(
+        1.0, -10, 10, "above 0, beam search favours longer captions", "X"
+    )
+    min_length: int = _option(0, 0, LONGEST, "shortest caption in tokens")
+    temperature: float = _option(
+        0.0, 0, 100, "above 0, sample captions: low is safe, high is varied", "X"
+    )
+    temperatures: tuple[float, ...] = _option(
+        (), 0, 100, "with re-ranking: sample one candidate at each of these temperatures", "X"
+    )
+    top_k: int = _option(
+        0, 0, 10**9, "sample from the N most likely tokens (implies temperature 1)"
+    )
+    top_p: float = _option(
+        1.0,
+        0.001,
+        1,
+        "sample from the smallest set of tokens with this total probability "
+        "(implies temperature 1)",
+        "X",
+    )
+    repetition_penalty: float = _option(
+        1.0, 0.01, 100, "above 1, avoid tokens that the caption already contains", "X"
+    )
+    no_repeat_ngram: int = _option(0, 0, LONGEST, "never repeat an n-gram of this length")
+    groups: int = _option(
+        1, 1, LARGEST_BEAM, "diverse beam search: groups that split the beam and avoid each other"
+    )
+    diversity: float = _option(0.5, 0, 1000, "how strongly the groups avoid each other", "X")
+    samples: int = _option(1, 1, LARGEST_BEAM, "captions sampled per image")
+    seed: int = _option(0, 0, 2**63 - 1, "seed for sampling")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as bundles and results files store them: no empty ``temperatures``."""
+        return {name: value for name, value in asdict(self).items() if value != ()}
 
 
 def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
@@ -312,31 +351,32 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     Raises:
         CapGenError: a key that ``kind`` does not have, or a value of the wrong type.
     """
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
+    defaults = asdict(kind())  # type: ignore[call-overload]
+    unknown = sorted(set(values) - set(defaults))
     if unknown:
         raise CapGenError(
             f"{kind.__name__} does not know {', '.join(unknown)}",
             "the file was written by another version of CapGen: use that version, or train again",
         )
-    defaults = asdict(kind())  # type: ignore[call-overload]
-    for key, value in values.items():
-        default = defaults[key]
-        accepted = (
-            (int, float)
-            if isinstance(default, float)
-            else (int, type(None))
-            if default is None
-            else type(default)
-        )
-        possible = isinstance(value, accepted) and isinstance(value, bool) == isinstance(
-            default, bool
-        )
-        if not possible or (isinstance(value, float) and not math.isfinite(value)):
+    for name, value in values.items():
+        if not _fits(value, defaults[name]):
             raise CapGenError(
-                f"{kind.__name__}.{key} cannot be {value!r}", f"use a value like {defaults[key]!r}"
+                f"{kind.__name__}.{name} cannot be {value!r}",
+                f"use a value like {defaults[name]!r}",
             )
-    return kind(**values)
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Return whether a JSON value has the type of a field's default; numbers must be finite."""
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and all(_fits(item, 0.0) for item in value)
+    if default is None:  # an optional whole number
+        return value is None or _fits(value, 0)
+    if isinstance(value, bool) != isinstance(default, bool):
+        return False
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    return isinstance(value, kinds) and not (isinstance(value, float) and not isfinite(value))
 
 
 SMALL_CLIP = "small_clip"  # the dual encoder that is trained here

@@ -1,4 +1,4 @@
-"""What a results file has to hold, for those that tests write and those that the repository holds."""
+"""The required contents of results files, both those of tests and those of the repository."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def strings(value: Any) -> list[str]:
 
 
 def problems(result: dict[str, Any], host: str = "") -> list[str]:
-    """Return what is missing from the results of an evaluation, or should not be there."""
+    """Return the problems of an evaluation's results: missing and forbidden contents."""
     found = []
     parts = {
         "scores": SCORES,
@@ -113,7 +113,7 @@ ATTENTION_PROTOCOL = {
 
 
 def attention_problems(result: dict[str, Any]) -> list[str]:
-    """Return what is missing from the tests of a captioner's attention, or should not be there."""
+    """Return the problems of attention results: missing and forbidden contents."""
     protocol, machine = result.get("protocol") or {}, result.get("machine") or {}
     found = [f"protocol lacks {key}" for key in sorted(ATTENTION_PROTOCOL - set(protocol))]
     found += [f"machine lacks {key}" for key in sorted(MACHINE - set(machine))]
@@ -140,7 +140,7 @@ def _outside(name: str, value: float, ends: list[float]) -> list[str]:
 
 
 def prediction_problems(path: Path) -> list[str]:
-    """Return what keeps a file from being captions in COCO's results format."""
+    """Return the deviations of a file from COCO's results format."""
     rows = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(rows, list) or not rows:
         return ["it is no list of captions"]

@@ -1,5 +1,4 @@
-"""Bundles: whole or refused. Whatever config.json says, the answer is a bundle or a CapGenError,
-never a surprise."""
+"""Bundles load whole or are refused: every config.json gives a bundle or a CapGenError."""
 
 import copy
 import errno
@@ -27,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from capgen_utils import bundle as checkpoint
-from capgen_utils.bundle import Bundle, bundle_info, load_bundle, save_bundle
+from capgen_utils.bundle import VERSION, Bundle, bundle_info, load_bundle, save_bundle
 from capgen_utils.captioner import Captioner
 from capgen_utils.common import tensors
 from capgen_utils.common.files import CapGenError
@@ -62,14 +61,14 @@ def change_config(folder: Path, path: tuple[str, ...], value: Any) -> None:
 
 
 def use(folder: Path) -> str:
-    """Go all the way from the folder to a caption."""
+    """Load the bundle and caption an image with it."""
     return Captioner.from_bundle(folder, "cpu").caption(PHOTO)[0].text
 
 
 # --- there and back
 
 
-def test_a_bundle_comes_back_as_it_was(original: Path) -> None:
+def test_a_bundle_is_loaded_as_it_was_saved(original: Path) -> None:
     model = tiny_model(tokenizer=tiny_tokenizer(), shape=(64, 32))
     loaded = load_bundle(original)
     assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
@@ -92,7 +91,7 @@ def test_a_bundle_comes_back_as_it_was(original: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*MODELS, *VARIANTS])
-def test_every_captioner_comes_back_whole(tmp_path: Path, name: str) -> None:
+def test_every_captioner_survives_saving_and_loading(tmp_path: Path, name: str) -> None:
     model, tokenizer = tiny_model(name), tiny_tokenizer()
     seen = {model.feature: tiny_shape(name)}
     encoder = Encoder("tiny", torch.nn.Identity(), Preprocessing(), seen)
@@ -107,7 +106,7 @@ def test_every_captioner_comes_back_whole(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(*said)
 
 
-def test_a_fresh_process_says_the_same(original: Path) -> None:
+def test_a_new_process_gives_the_same_captions(original: Path) -> None:
     script = "import sys; from capgen_utils import Captioner; c = Captioner.from_bundle(sys.argv[1], 'cpu')\n"
     script += "for r in c.caption(sys.argv[2:]): print(r.text, f'{r.log_probability:.4f}')"
     photos = sorted(PHOTOS.glob("*.jpg"))[:4]
@@ -182,6 +181,14 @@ def test_a_missing_part_of_the_encoder_is_named(bundle: Path, name: str) -> None
     (bundle / "encoder" / name).unlink()
     with pytest.raises(CapGenError, match=name.split(".")[0]):
         use(bundle)
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, 10**30])
+def test_a_newer_bundle_is_refused_with_the_way_out(bundle: Path, version: int) -> None:
+    change_config(bundle, ("version",), version)
+    with pytest.raises(CapGenError, match="version") as error:
+        load_bundle(bundle)
+    assert "update CapGen" in error.value.remedy
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, [], 10**30])
@@ -347,7 +354,7 @@ def test_hostile_values_are_refused(bundle: Path, path: tuple[str, ...], value: 
         use(bundle)
 
 
-def test_a_bundle_of_before_these_decoding_options_loads(bundle: Path) -> None:
+def test_a_bundle_from_before_these_decoding_options_loads(bundle: Path) -> None:
     change_config(bundle, ("decoding",), {"beam": 2, "max_length": 8, "length_penalty": 0.5})
     assert load_bundle(bundle).decoding == DecodingConfig(beam=2, max_length=8, length_penalty=0.5)
 
@@ -366,7 +373,7 @@ def test_hostile_encoders_are_refused(bundle: Path, settings_of_encoder: Any) ->
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="reads peak memory as Linux counts it"
 )
-def test_huge_sizes_are_refused_before_memory_is_asked_for(original: Path, tmp_path: Path) -> None:
+def test_huge_sizes_are_refused_before_allocating_memory(original: Path, tmp_path: Path) -> None:
     sizes = {"d_model": 4096, "fc_dim": 16384, "n_decode": 64, "n_head": 8, "seq_len": 1024}
     folder = tmp_path / "huge"
     shutil.copytree(original, folder)
@@ -486,14 +493,15 @@ def test_a_failing_save_leaves_the_old_bundle(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits file sizes as POSIX does")
 @pytest.mark.parametrize("what", ["bundle", "checkpoint"])
-def test_a_disk_that_fills_up_while_tensors_are_written_is_explained(
+def test_a_full_disk_while_writing_tensors_is_explained(
     bundle: Path, tmp_path: Path, what: str
 ) -> None:
     script = """
 import resource, sys, torch
 from pathlib import Path
-from capgen_utils.bundle import load_bundle, save_bundle, save_checkpoint
+from capgen_utils.bundle import load_bundle, save_bundle
 from capgen_utils.common.files import CapGenError
+from capgen_utils.common.tensors import save_checkpoint
 bundle = load_bundle(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:

@@ -1,4 +1,4 @@
-"""``Captioner``: one image or many, whatever they come as; a bad one among many spoils only itself."""
+"""``Captioner``: one image or many, in every form, with bad ones among them."""
 
 import itertools
 from pathlib import Path
@@ -12,6 +12,7 @@ from PIL import Image
 
 from capgen_utils import Captioner
 from capgen_utils.common.files import CapGenError
+from capgen_utils.data.images import open_image
 from capgen_utils.decoding.captions import Caption
 
 PATHS = sorted(PHOTOS.glob("*.jpg"))[:5]
@@ -24,7 +25,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
     return Captioner.from_bundle(folder, "cpu")
 
 
-def test_an_image_is_the_same_however_it_comes(captioner: Captioner) -> None:
+def test_every_form_of_an_image_gives_the_same_caption(captioner: Captioner) -> None:
     path = PATHS[0]
     with Image.open(path) as opened:
         image = opened.convert("RGB")
@@ -40,7 +41,7 @@ def test_an_image_is_the_same_however_it_comes(captioner: Captioner) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
 )
-def test_tensors_are_captioned_as_the_pictures_they_hold(
+def test_tensors_are_captioned_like_the_pictures_they_hold(
     captioner: Captioner, dtype: torch.dtype
 ) -> None:
     pixels = torch.from_numpy(
@@ -88,12 +89,28 @@ def test_tensors_are_captioned_as_the_pictures_they_hold(
     ],
     ids=lambda value: str(tuple(value.shape)) if isinstance(value, torch.Tensor) else None,
 )
-def test_tensors_that_are_no_images_are_refused(
+def test_tensors_that_are_not_images_are_refused(
     captioner: Captioner, tensor: torch.Tensor, remedy: str
 ) -> None:
     with pytest.raises(CapGenError) as error:
         captioner.caption(tensor)
     assert remedy in error.value.remedy
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
+def test_an_image_is_opened_once(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(
+        "capgen_utils.captioner.open_image",
+        lambda image: opened.append(image) or open_image(image),
+    )
+    captioner.caption(PATHS, **options)
+    list(captioner.caption_each(PATHS, **options))
+    assert opened == PATHS * 2
+    captioner.attention(PATHS[0], **options)
+    assert opened == [*PATHS * 2, PATHS[0]]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
@@ -102,7 +119,7 @@ def test_the_batch_size_changes_nothing(captioner: Captioner, batch_size: int) -
     assert texts == [captioner.caption(path)[0].text for path in PATHS]
 
 
-def test_a_caption_says_how_sure_it_is_and_what_else_was_considered(captioner: Captioner) -> None:
+def test_a_caption_has_a_log_probability_and_candidates(captioner: Captioner) -> None:
     for caption in captioner.caption(PATHS, beam=3):
         assert isinstance(caption, Caption) and caption.text == " ".join(caption.words)
         assert caption.log_probability < 0
@@ -123,7 +140,7 @@ def test_options_replace_the_bundles_own(captioner: Captioner) -> None:
 @pytest.mark.parametrize(
     "options", [{"temperature": 1.0}, {"top_p": 0.8, "temperature": 1.5, "candidates": 3}]
 )
-def test_what_is_drawn_hangs_on_the_image_and_the_seed(
+def test_samples_depend_on_the_image_and_the_seed(
     captioner: Captioner, options: dict[str, Any]
 ) -> None:
     drawn = captioner.caption(PATHS, **options)
@@ -179,7 +196,7 @@ def test_impossible_options_are_refused(captioner: Captioner, options: dict) -> 
     assert error.value.remedy
 
 
-def test_nothing_gives_nothing(captioner: Captioner) -> None:
+def test_no_images_give_no_captions(captioner: Captioner) -> None:
     assert captioner.caption([]) == []
     assert list(captioner.caption_each([])) == []
 
@@ -192,7 +209,7 @@ def test_a_bad_image_is_named(captioner: Captioner, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_a_bad_image_among_many_spoils_only_itself(
+def test_a_bad_image_does_not_affect_the_others(
     captioner: Captioner, tmp_path: Path, batch_size: int
 ) -> None:
     (tmp_path / "bad.jpg").write_text("no image")
@@ -213,7 +230,7 @@ def test_a_bad_image_among_many_spoils_only_itself(
             assert result.text == captioner.caption(path)[0].text
 
 
-def test_many_images_are_captioned_as_they_are_asked_for(
+def test_batches_are_captioned_lazily(
     captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[int] = []
@@ -233,7 +250,7 @@ def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
         Captioner.from_bundle(tmp_path / "b", "abacus")
 
 
-def test_attention_says_where_each_word_came_from(captioner: Captioner) -> None:
+def test_attention_has_weights_for_each_word(captioner: Captioner) -> None:
     image = np.random.default_rng(5).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     caption, looked = captioner.attention(image)
     assert caption == captioner.caption(image)[0]

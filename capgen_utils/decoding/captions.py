@@ -1,4 +1,4 @@
-"""What decoding finds: token ids with their probabilities, and the captions that people read."""
+"""Hypotheses (token ids with probabilities) and captions (text), without torch (notebook 08)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from capgen_utils.text.words import Tokenizer
 
 @dataclass(frozen=True)
 class Specials:
-    """The ids decoding has to know.
+    """The token ids that decoding needs to know.
 
     Attributes:
         start: read before the first word, never counted as part of a caption.
@@ -23,7 +23,7 @@ class Specials:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Specials":
-        """Return those of a tokenizer."""
+        """Return the special ids of a tokenizer."""
         return cls(tokenizer.start_id, tokenizer.end_id, tokenizer.banned_ids)
 
 
@@ -33,16 +33,14 @@ class Hypothesis:
 
     Attributes:
         tokens: ids without start and end token.
-        log_probability: natural logarithm, summed over the tokens and the end token. It is always
-            that of the model's
-            own distribution over the tokens that are not banned, however the caption was found: no
-                penalty,
-            temperature or truncation is in it.
-        score: what hypotheses are ranked by: log-probability / length ** length_penalty, the end
-            token counted. In beam search the penalties that steered the search are part of it.
-        ended: the end token was emitted; false where the caption was cut: at the maximum length, or
-            because the rules left no token to go on with.
-        temperature: what it was drawn at; 0 where nothing was drawn.
+        log_probability: natural logarithm, summed over the tokens and the end token, under the
+            model's own distribution over the tokens that are not banned. Penalties, temperature and
+            truncation never change it.
+        score: what hypotheses are ranked by: log-probability / length ** length_penalty, counting
+            the end token. In beam search it includes the penalties that steered the search.
+        ended: the end token was emitted; false if the caption was cut at the maximum length, or
+            because the rules left no token to continue with.
+        temperature: the sampling temperature; 0 without sampling.
     """
 
     tokens: tuple[int, ...]
@@ -54,15 +52,15 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One caption that was considered; see ``Hypothesis`` for what the numbers mean exactly.
+    """One caption that was considered; ``Hypothesis`` defines the numbers.
 
     Attributes:
         text: the caption.
-        log_probability: natural logarithm under the captioner, summed over its tokens.
-        score: what candidates are ranked by, unless a CLIP chose among them.
-        temperature: what it was drawn at; 0 where it was searched for.
-        clip_score: cosine of image and caption, where a CLIP chose among them: the higher the
-            better it fits.
+        log_probability: natural logarithm under the captioner, summed over the tokens.
+        score: what the captioner ranks candidates by.
+        temperature: the sampling temperature; 0 without sampling.
+        clip_score: cosine similarity of image and caption, if a CLIP re-ranked; higher fits better.
+        rank: position in the captioner's own order, before re-ranking.
     """
 
     text: str
@@ -70,6 +68,7 @@ class Candidate:
     score: float
     temperature: float = 0.0
     clip_score: float | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,9 @@ class Caption:
         text: the best caption.
         log_probability: natural logarithm, summed over its tokens.
         words: the caption token by token.
-        ended: false where it was cut at the maximum length.
-        candidates: all captions found, best first; the first is ``text``.
-        tokens: their ids, one for each of ``words``.
+        ended: false if it was cut at the maximum length.
+        candidates: all captions considered, best first; the first one is ``text``.
+        tokens: the ids of ``words``.
     """
 
     text: str
@@ -94,38 +93,41 @@ class Caption:
 
 
 class NextWord(NamedTuple):
-    """A token that could come next: its text, its probability, and whether the caption has it there."""
+    """A possible next token: its text, its probability, and whether the caption has it here."""
 
     text: str
     probability: float
     said: bool
 
 
+def best_first(scores: Sequence[float]) -> list[int]:
+    """Return the positions of ``scores`` from highest to lowest; equal ones keep their order."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
+
+
 def caption_of(
-    tokenizer: Tokenizer,
-    hypotheses: Sequence[Hypothesis],
-    order: Sequence[int],
-    scores: Sequence[float] | None = None,
+    tokenizer: Tokenizer, hypotheses: Sequence[Hypothesis], scores: Sequence[float] | None = None
 ) -> Caption:
     """Return the caption of one image.
 
     Args:
-        tokenizer: of the captioner.
-        hypotheses: what was found.
-        order: their places, best first.
-        scores: for each hypothesis how well it fits the image, where a CLIP chose.
+        tokenizer: the captioner's.
+        hypotheses: the captioner's, best first.
+        scores: for re-ranking: how well each of them fits the image, the higher the better.
     """
-    best = hypotheses[order[0]]
+    order = list(range(len(hypotheses))) if scores is None else best_first(scores)
     candidates = tuple(
         Candidate(
-            tokenizer.decode(hypotheses[i].tokens),
-            hypotheses[i].log_probability,
-            hypotheses[i].score,
-            hypotheses[i].temperature,
-            None if scores is None else scores[i],
+            tokenizer.decode(hypotheses[rank].tokens),
+            hypotheses[rank].log_probability,
+            hypotheses[rank].score,
+            hypotheses[rank].temperature,
+            None if scores is None else scores[rank],
+            rank,
         )
-        for i in order
+        for rank in order
     )
+    best = hypotheses[order[0]]
     words = tuple(tokenizer.words(best.tokens))
     return Caption(
         candidates[0].text, best.log_probability, words, best.ended, candidates, best.tokens

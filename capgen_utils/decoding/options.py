@@ -1,154 +1,161 @@
-"""What can be asked of decoding, and what can not: the same for every engine that finds captions."""
+"""Decoding options: bounds, combinations, descriptions; the same everywhere (notebook 08)."""
 
-from dataclasses import asdict, replace
-from typing import Any, TypedDict, Unpack
+from dataclasses import fields, replace
+from typing import Any
 
 from capgen_utils.common.files import CapGenError
-from capgen_utils.config import LARGEST_BEAM, DecodingConfig, from_dict
+from capgen_utils.config import LARGEST_BEAM, LONGEST, DecodingConfig, Option, from_dict
 
-LONGEST = 1024  # tokens a caption may be allowed
-
-
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "beam": (1, LARGEST_BEAM),
-    "max_length": (1, LONGEST),
-    "length_penalty": (-10, 10),
-    "min_length": (0, LONGEST),
-    "temperature": (0, 100),
-    "top_k": (0, 10**9),
-    "top_p": (0.001, 1),
-    "repetition_penalty": (0.01, 100),
-    "no_repeat_ngram": (0, LONGEST),
-    "groups": (1, LARGEST_BEAM),
-    "diversity": (0, 1000),
-    "samples": (1, LARGEST_BEAM),
-    "seed": (0, 2**63 - 1),
-}
+SAMPLING = ("temperature", "top_k", "top_p", "samples")  # options that ask for samples
+TEMPERATURES = (0.0, 0.01, 0.1, 0.5, 0.7, 1.0, 1.5)  # of re-ranked candidates; 0 is greedy
+OPTIONS: dict[str, tuple[type, Option]] = {
+    f.name: (float if f.name == "temperatures" else type(f.default), f.metadata["option"])
+    for f in fields(DecodingConfig)
+    if f.name != "samples"
+} | {
+    "candidates": (
+        int,
+        Option(
+            1, LARGEST_BEAM, "captions to consider per image: as many samples, or a beam as wide"
+        ),
+    )
+}  # what a user may ask for: name -> type of its value, and Option
 
 
 def check_decoding(config: DecodingConfig, longest: int = LONGEST) -> DecodingConfig:
-    """Return ``config`` if it can be done.
+    """Return ``config`` if it is possible.
 
     Args:
-        config: what is asked for.
-        longest: tokens that the captioner can say, see ``longest_caption``.
+        config: how to decode.
+        longest: tokens that a caption of this captioner can have, see ``longest_caption``.
 
     Raises:
-        CapGenError: a value outside its bounds, or two that contradict each other; says what is
-            possible.
+        CapGenError: a value is out of bounds, or two contradict each other; says what is possible.
     """
-    for name, (low, high) in _BOUNDS.items():
-        value, high = getattr(config, name), min(high, longest) if name == "max_length" else high
-        if not low <= value <= high:
-            label = name.replace("max_", "maximum ").replace("min_", "minimum ").replace("_", " ")
-            raise CapGenError(
-                f"a {label} of {value} is not possible",
-                f"ask for {low} or more, and at most {high}",
-            )
+    for option in fields(config):
+        low, high, *_ = option.metadata["option"]
+        high = min(high, longest) if option.name == "max_length" else high
+        value = getattr(config, option.name)
+        for number in value if option.name == "temperatures" else (value,):
+            if not low <= number <= high:
+                name = option.name.removesuffix("s" * (option.name == "temperatures"))
+                name = name.replace("max_", "maximum ").replace("min_", "minimum ")
+                raise CapGenError(
+                    f"a {name.replace('_', ' ')} of {number} is not possible",
+                    f"choose a value from {low} to {high}",
+                )
     if config.min_length >= config.max_length:
         raise CapGenError(
-            f"captions of at least {config.min_length} words do not fit into {config.max_length} tokens",
-            f"ask for a minimum length of at most {config.max_length - 1}: the end token counts too",
+            f"captions of at least {config.min_length} tokens do not fit into {config.max_length}",
+            f"choose a minimum length of at most {config.max_length - 1}: the end token counts too",
         )
     if config.beam % config.groups:
         raise CapGenError(
-            f"a beam of {config.beam} cannot be shared by {config.groups} groups",
-            f"ask for a beam that is a multiple of {config.groups}",
+            f"a beam of {config.beam} cannot be split into {config.groups} groups",
+            f"choose a beam that is a multiple of {config.groups}",
         )
     return config
 
 
 def longest_caption(model: Any) -> int:
-    """Return how many tokens a captioner can say, its end token included: it reads the start token
-    too."""
+    """Return the longest caption of a captioner in tokens; it reads the start token as well."""
     return getattr(model.config, "seq_len", LONGEST + 1) - 1
 
 
-class DecodingOptions(TypedDict, total=False):
-    """Options that replace single values of a ``DecodingConfig``, which describes them; ``None``
-    replaces nothing.
-
-    Beside them there is ``candidates``: how many captions to consider for an image. It is the
-    number of samples where captions are drawn, and else a beam at least that wide.
-    """
-
-    beam: int | None
-    max_length: int | None
-    length_penalty: float | None
-    min_length: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    repetition_penalty: float | None
-    no_repeat_ngram: int | None
-    groups: int | None
-    diversity: float | None
-    samples: int | None
-    seed: int | None
-    candidates: int | None
-
-
-def with_options(config: DecodingConfig, **options: Unpack[DecodingOptions]) -> DecodingConfig:
+def with_options(config: DecodingConfig, rerank: bool = False, **options: Any) -> DecodingConfig:
     """Return ``config`` with some values replaced, and with what those imply.
 
-    Who asks for top-k, top-p or samples wants captions to be drawn: at temperature 1 unless another
-    is given. Who asks
-    for a beam or groups wants a search: temperature 0. A beam that is not given is widened until it
-    suits the groups.
+    Asking for top-k, top-p or samples implies temperature 1 unless another one is given. Asking for
+    a beam or for groups implies temperature 0. A beam that is not given grows to a multiple of the
+    groups. Re-ranking implies one candidate at each of ``TEMPERATURES``, unless the options name
+    another way to find candidates.
+
+    Args:
+        config: the defaults.
+        rerank: a CLIP will choose among the candidates.
+        options: fields of ``DecodingConfig``; ``None`` keeps the default. Also ``candidates``: how
+            many captions to consider per image, which sets the samples, or else a minimum beam.
 
     Raises:
-        CapGenError: an unknown option, a value of the wrong type, or both a search and draws;
-            bounds are for ``check_decoding``.
+        CapGenError: a value of the wrong type, or options that contradict each other. Bounds are
+            checked by ``check_decoding``.
+        TypeError: an unknown option.
     """
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    wanted = given.pop("candidates", None)
-    changed = replace(config, **given)
-    from_dict(
-        DecodingConfig, asdict(changed) | {"samples": changed.samples if wanted is None else wanted}
-    )  # types
-    if wanted is not None and wanted < 1:
-        raise CapGenError(f"{wanted} candidates are not possible", "ask for 1 or more")
-    searches = [name for name in ("beam", "groups") if given.get(name, 1) > 1]
-    draws = [name for name in ("temperature", "top_k", "top_p", "samples") if given.get(name)]
-    if searches and draws:
-        raise CapGenError(
-            f"{searches[0]} searches for captions, {draws[0].replace('_', '-')} draws them",
-            "ask for one of the two",
-        )
-    if "diversity" in given and changed.groups == 1:
-        raise CapGenError(
-            "diversity is kept up between groups, and there is only one",
-            "ask for groups too, such as 3",
-        )
-    if draws and not changed.temperature and "temperature" not in given:
+    asked = {name: value for name, value in options.items() if value is not None}
+    ways = ("beam", "groups", "temperature", "samples", "candidates")
+    finders = [name for name in ways if name in asked]
+    if rerank and not finders:
+        asked = {"temperatures": TEMPERATURES} | asked
+    elif finders and "temperatures" not in asked:
+        asked["temperatures"] = ()
+    candidates = asked.pop("candidates", None)
+    changed = replace(config, **asked)
+    samples = changed.samples if candidates is None else candidates
+    checked = from_dict(DecodingConfig, vars(changed) | {"samples": samples})
+    changed = replace(checked, samples=changed.samples)
+    _refuse_contradictions(changed, samples, asked, finders, rerank)
+    sampling = [name for name in SAMPLING if asked.get(name)]
+    if sampling and not changed.temperature and "temperature" not in asked:
         changed = replace(changed, temperature=1.0)
-    elif {"beam", "groups"} & given.keys() and not draws:
+    elif {"beam", "groups"} & asked.keys() and not sampling:
         changed = replace(changed, temperature=0.0)
-    if wanted is not None and changed.temperature:
-        return replace(changed, samples=wanted)
-    if "beam" not in given:
-        beam, groups = max(changed.beam, wanted or 1), max(changed.groups, 1)
+    if candidates is not None and changed.temperature:
+        return replace(changed, samples=candidates)
+    if "beam" not in asked:
+        beam, groups = max(changed.beam, candidates or 1), max(changed.groups, 1)
         changed = replace(changed, beam=-(-beam // groups) * groups)
     return changed
 
 
-def describe(config: DecodingConfig) -> str:
-    """Return in words how captions are found: what a table of results says beside its numbers."""
-    if config.temperature:
-        words = [f"drawn at temperature {config.temperature:g}"]
-        words += [f"top-k {config.top_k}"] * bool(config.top_k) + [f"top-p {config.top_p:g}"] * (
-            config.top_p < 1
+def _refuse_contradictions(
+    config: DecodingConfig, samples: int, asked: dict[str, Any], finders: list[str], rerank: bool
+) -> None:
+    searches = [name for name in ("beam", "groups") if asked.get(name, 1) > 1]
+    sampling = [name for name in SAMPLING if asked.get(name)]
+    if samples < 1:
+        raise CapGenError(f"{samples} candidates are not possible", "ask for 1 or more")
+    if asked.get("temperatures") and not rerank:
+        raise CapGenError(
+            "several temperatures give candidates for a CLIP to choose from",
+            "ask for re-ranking too (--rerank)",
         )
-        words += [f"{config.samples} samples"] * (config.samples > 1) + [f"seed {config.seed}"]
+    if asked.get("temperatures") and finders:
+        raise CapGenError(
+            f"{finders[0]} and temperatures both say how to find candidates",
+            "ask for one of the two",
+        )
+    if searches and sampling:
+        raise CapGenError(
+            f"{searches[0]} is for beam search, {sampling[0].replace('_', '-')} is for sampling",
+            "ask for one of the two",
+        )
+    if "diversity" in asked and config.groups == 1:
+        raise CapGenError(
+            "diversity applies between groups, and there is only one",
+            "ask for groups too, such as 3",
+        )
+
+
+def describe(config: DecodingConfig) -> str:
+    """Return in words how captions are found, as tables of results show it."""
+    if config.temperatures:
+        listed = ", ".join(f"{temperature:g}" for temperature in config.temperatures)
+        words = [f"one caption sampled at each of the temperatures {listed}"]
+    elif config.temperature:
+        words = [f"sampled at temperature {config.temperature:g}"]
     elif config.beam == 1:
         words = ["greedy"]
     else:
         words = [f"beam {config.beam}"]
         words += [f"{config.groups} groups, diversity {config.diversity:g}"] * (config.groups > 1)
         words += [f"length penalty {config.length_penalty:g}"]
+    if config.temperatures or config.temperature:
+        words += [f"top-k {config.top_k}"] * bool(config.top_k)
+        words += [f"top-p {config.top_p:g}"] * (config.top_p < 1)
+        words += [f"{config.samples} samples"] * (config.samples > 1 and not config.temperatures)
+        words += [f"seed {config.seed}"]
     words += [f"minimum length {config.min_length}"] * bool(config.min_length)
-    words += [f"repetition penalty {config.repetition_penalty:g}"] * (
-        config.repetition_penalty != 1
-    )
-    words += [f"no {config.no_repeat_ngram}-gram twice"] * bool(config.no_repeat_ngram)
+    penalised = config.repetition_penalty != 1
+    words += [f"repetition penalty {config.repetition_penalty:g}"] * penalised
+    words += [f"no repeated {config.no_repeat_ngram}-gram"] * bool(config.no_repeat_ngram)
     return ", ".join(words)

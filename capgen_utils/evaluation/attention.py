@@ -1,9 +1,8 @@
-"""Where a captioner looks for each word: maps by layer and head, their means, rollout; from the
-grid to pixels."""
+"""Where a captioner looks for each word: attention maps by layer and head (notebook 10)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,33 +13,28 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import ImageLike
 from capgen_utils.decoding.captions import NextWord
 from capgen_utils.decoding.logits import allowed
-from capgen_utils.decoding.options import DecodingOptions, longest_caption
 from capgen_utils.decoding.run import word_attention
 from capgen_utils.models.base import Grouping
 from capgen_utils.models.clip_gpt2 import Gpt2Decoder
 from capgen_utils.models.transformer import TransformerCaptioner
 from capgen_utils.text.words import Tokenizer
-from capgen_utils.vision.features import encode_images
 from capgen_utils.vision.grid import grid_side, upsample
 from capgen_utils.vision.preprocessing import Preprocessing
 
 MEAN, ROLLOUT = "mean", "rollout"
 
 
-# --- maps over the grid
-
-
 def on_grid(weights: Tensor) -> Tensor:
-    """Drop the class token, where there is one, and let the rest sum to one again.
+    """Drop the class token, if there is one, and renormalise the rest.
 
-    A vision transformer's vectors are a class token, which stands for no place, and then a square
-    grid: one more than a square number, which no square number is.
+    A vision transformer's vectors are a class token, which has no position, and then a square grid.
+    Their number is one more than a square, so it is never a square itself.
 
     Args:
         weights: (..., N).
 
     Returns:
-        (..., cells), rows sum to 1; even where the class token had everything.
+        (..., cells), rows sum to 1; uniform if the class token had all of the attention.
 
     Raises:
         CapGenError: N is neither a square number nor one more.
@@ -48,47 +42,39 @@ def on_grid(weights: Tensor) -> Tensor:
     cells = weights.shape[-1]
     if round(cells**0.5) ** 2 == cells:
         return weights
-    rest = weights[..., 1:]
     grid_side(cells - 1)
+    rest = weights[..., 1:]  # (..., cells)
     total = rest.sum(-1, keepdim=True)
     return torch.where(total > 0, rest / total.clamp_min(1e-30), 1 / (cells - 1))
 
 
 def mean_map(weights: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean (words, N) over all heads of all layers of ``weights``: layer -> (words,
-    heads, N)."""
-    return torch.stack([own.mean(1) for own in weights.values()]).mean(0)
-
-
-# --- rollout
+    """Return the mean (words, N) over layers and heads of layer -> (words, heads, N)."""
+    return torch.stack([layer.mean(1) for layer in weights.values()]).mean(0)
 
 
 def rollout(cross: Sequence[Tensor], own: Sequence[Tensor]) -> Tensor:
-    """Follow attention through all layers of a decoder (attention rollout, arXiv 2005.00928, for
-    cross-attention).
+    """Follow attention through all layers of a decoder: attention rollout for cross-attention.
 
-    The paper follows an encoder, in which places mix with places: R = (A + I) / 2 R, layer by
-    layer, the identity standing for the residual connection. Here words mix with words, and what is
-    followed is how much of each word's vector came from each place of the image. At first nothing
-    did: R = 0. In each layer, self-attention A and then cross-attention C are each added to a
-    residual of equal share:
+    The paper (arXiv 2005.00928) follows an encoder, whose positions mix with each other: layer by
+    layer, R = (A + I) / 2 R, where the identity stands for the residual connection. In a decoder,
+    words mix with words, and R is the share of each image position in each word's vector, so it
+    starts at R = 0. In each layer, self-attention A and then cross-attention C are each added to a
+    residual of equal weight:
 
         R <- (A R + R) / 2;    R <- (C + R) / 2
 
-    At last every row is divided by its sum: the share of the image in what the word was said from.
-    Heads are averaged before. As in the paper, values, gates and feed-forward networks are passed
-    over.
+    At the end every row is divided by its sum. Heads are averaged first. As in the paper, values,
+    gates and feed-forward networks are ignored.
 
     Args:
-        cross: of each layer, first to last: (T, N), what each word read from the image; rows sum to
-            1.
-        own: of each layer: (T, T), what each word read from the words before it and itself; rows
-            sum to 1.
+        cross: per layer, first to last: (T, N), what each word read from the image; rows sum to 1.
+        own: per layer: (T, T), what each word read from the words so far; rows sum to 1.
 
     Returns:
         (T, N), rows sum to 1.
     """
-    share = torch.zeros_like(cross[0])
+    share = torch.zeros_like(cross[0])  # (T, N)
     for over_image, over_words in zip(cross, own, strict=True):
         share = (over_words @ share + share) / 2
         share = (over_image + share) / 2
@@ -155,12 +141,8 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
     return scores.masked_fill(later, -torch.inf).softmax(-1)
 
 
-# --- words
-
-
 class Word(NamedTuple):
-    """A word of a caption and the tokens that spell it: places ``first`` to ``last``, the latter
-    excluded."""
+    """A word of a caption and its tokens: positions ``first`` to ``last``, the latter excluded."""
 
     text: str
     first: int
@@ -168,48 +150,42 @@ class Word(NamedTuple):
 
 
 def words_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Word]:
-    """Return the words that tokens spell, as they stand between the spaces of the decoded text.
+    """Return the words that tokens spell: what the spaces of the decoded text separate.
 
     Args:
-        tokenizer: of the captioner: whole words, or byte pairs, of which a word may need several.
+        tokenizer: the captioner's: whole words, or byte pairs, several of which can spell a word.
         tokens: ids without start and end token.
     """
     owner: list[int] = []  # the word that each token belongs to
-    for place in range(len(tokens)):
-        count = len(tokenizer.decode(tokens[: place + 1]).split())
-        if tokenizer.decode(
-            [tokens[place]]
-        ).strip():  # a later token can join words: "3", "3 .", "3.5"
+    for position, token in enumerate(tokens):
+        count = len(tokenizer.decode(tokens[: position + 1]).split())
+        if tokenizer.decode([token]).strip():  # a later token can join words: "3", "3 .", "3.5"
             owner = [*(min(word, count - 1) for word in owner), max(count - 1, 0)]
         else:
             owner.append(count)  # a space on its own belongs to the word that follows it
-    texts = tokenizer.decode(tokens).split()
-    places = [
-        [place for place, word in enumerate(owner) if word == number]
-        for number in range(len(texts))
-    ]
-    return [Word(text, own[0], own[-1] + 1) for text, own in zip(texts, places, strict=True) if own]
-
-
-# --- maps
+    words = []
+    for number, text in enumerate(tokenizer.decode(tokens).split()):
+        positions = [position for position, word in enumerate(owner) if word == number]
+        if positions:
+            words.append(Word(text, positions[0], positions[-1] + 1))
+    return words
 
 
 @dataclass(frozen=True)
 class CaptionMaps:
-    """Where a captioner looked when it said each word of a caption; every map sums to 1.
+    """Where a captioner looked for each word of a caption; every map sums to 1.
 
     A choice is a map by name: a layer's name (its heads averaged), ``layer0 head1`` (one head),
-    ``mean`` (all heads of all layers averaged) or ``rollout`` (see there). Where there is one
-    layer, the last two are that layer's.
+    ``mean`` (all heads of all layers averaged) or ``rollout`` (see there). With a single layer, the
+    last two equal that layer's.
 
     Attributes:
         caption: the text.
         words: its words; the maps of a word's tokens are averaged.
         tokens: ids without start and end token.
-        weights: layer -> (words, heads, N), as the captioner looked: with CLIP's class token, where
-            there is one.
+        weights: layer -> (words, heads, N), including CLIP's class token if there is one.
         rolled: (words, N), rollout.
-        preprocessing: of the encoder: which part of the image the grid covers.
+        preprocessing: of the encoder; decides which part of the image the grid covers.
     """
 
     caption: str
@@ -225,7 +201,7 @@ class CaptionMaps:
         return [word.text for word in self.words]
 
     def choices(self, heads: bool = False) -> list[str]:
-        """Return the names of all different maps; those of single heads too where asked for."""
+        """Return the names of all distinct maps, optionally with those of single heads."""
         names = []
         for layer, weights in self.weights.items():
             count = weights.shape[1]
@@ -236,7 +212,7 @@ class CaptionMaps:
         """Return the maps (words, cells) of one choice, over the grid row by row.
 
         Raises:
-            CapGenError: no such choice; lists those there are.
+            CapGenError: no such choice; lists the possible ones.
         """
         layer, _, head = choice.partition(" head")
         if choice == ROLLOUT:
@@ -251,18 +227,19 @@ class CaptionMaps:
         return on_grid(self.weights[layer][:, int(head)] if head else self.weights[layer].mean(1))
 
     def heads(self, layer: str) -> Tensor:
-        """Return the maps (words, heads, cells) of every head of a layer."""
+        """Return the maps (words, heads, cells) of all heads of a layer."""
         return on_grid(self.weights[layer])
 
     def elsewhere(self) -> Tensor:
-        """Return the share (words,) of attention, averaged over layers, on CLIP's class token; 0
-        without one."""
+        """Return the share of attention (words,) on CLIP's class token, averaged over layers.
+
+        It is 0 for a captioner without a class token.
+        """
         mean = mean_map(self.weights)
         return mean[:, 0] if mean.shape[1] > on_grid(mean).shape[1] else torch.zeros(len(mean))
 
     def on_pixels(self, word: int, size: tuple[int, int], choice: str = MEAN) -> np.ndarray:
-        """Return the map of a word over an image of ``size`` (width, height): (height, width); see
-        ``upsample``."""
+        """Return the map (height, width) of a word over an image of ``size`` (width, height)."""
         return upsample(self.of(choice)[word], size, self.preprocessing)
 
 
@@ -271,50 +248,52 @@ def caption_maps(
     images: Sequence[ImageLike],
     captions: Sequence[str | Sequence[int]] | None = None,
     batch_size: int = 32,
-    **options: Unpack[DecodingOptions],
+    **options: Any,
 ) -> list[CaptionMaps]:
     """Caption images and return where the captioner looked for each word.
 
-    Attention at step t belongs to the word that is said at step t, not to the one that is read
-    there.
+    Attention at step t belongs to the word generated at step t, not to the word that is read.
 
     Args:
-        captioner: one that looks: attend_tell, transformer, clip_gpt2.
+        captioner: one with attention: attend_tell, transformer or clip_gpt2.
         images: paths, PIL images or arrays.
-        captions: what is to be said, one an image, as text or as ``Caption.tokens``; by default
-            what the captioner says.
-        batch_size: images that go through the networks together.
-        options: how captions are found, see ``Captioner.caption``.
+        captions: captions to read instead of generating them, one per image, as text or as
+            ``Caption.tokens``.
+        batch_size: images per batch.
+        options: decoding options, see ``Captioner.caption``.
 
     Raises:
-        CapGenError: the captioner has no attention over the image; not as many captions as images,
-            or an empty one; an image cannot be read.
+        CapGenError: the captioner has no attention over the image; the numbers of captions and
+            images differ; a caption is empty or too long; an image cannot be read.
     """
     if captions is not None and len(captions) != len(images):
         raise CapGenError(
-            f"{len(captions)} captions do not belong to {len(images)} images", "pass one an image"
+            f"there are {len(captions)} captions and {len(images)} images",
+            "pass one caption per image",
         )
-    found = []
+    maps = []
     for start in range(0, len(images), batch_size):
-        part = list(images[start : start + batch_size])
+        batch = list(images[start : start + batch_size])
         if captions is None:
-            said = [
-                caption.tokens
-                for caption in captioner.caption(part, batch_size=batch_size, **options)
-            ]
+            generated = captioner.caption(batch, batch_size=batch_size, **options)
+            tokens = [caption.tokens for caption in generated]
         else:
-            said = [_given(captioner, text) for text in captions[start : start + batch_size]]
-        found += _read(captioner, part, said)
-    return found
+            texts = captions[start : start + batch_size]
+            tokens = [_tokens_of(captioner, text) for text in texts]
+        maps += _read(captioner, batch, tokens)
+    return maps
 
 
-def _given(captioner: Captioner, said: str | Sequence[int]) -> tuple[int, ...]:
-    tokens = tuple(captioner.tokenizer.encode(said)[1:-1] if isinstance(said, str) else said)
-    longest = longest_caption(captioner.model)
-    if len(tokens) > longest - isinstance(said, str):  # one that was cut has no end token
+def _tokens_of(captioner: Captioner, caption: str | Sequence[int]) -> tuple[int, ...]:
+    """Return the ids of a caption without start and end token."""
+    if isinstance(caption, str):
+        tokens, longest = tuple(captioner.tokenizer.encode(caption)[1:-1]), captioner.longest - 1
+    else:
+        tokens, longest = tuple(caption), captioner.longest  # one that was cut has no end token
+    if len(tokens) > longest:
         raise CapGenError(
-            f"a caption of {len(tokens)} tokens is too long: {said[:60]!r}",
-            f"pass {longest} at most",
+            f"a caption of {len(tokens)} tokens is too long: {caption[:60]!r}",
+            f"pass at most {captioner.longest} tokens",
         )
     return tokens
 
@@ -323,86 +302,72 @@ def _given(captioner: Captioner, said: str | Sequence[int]) -> tuple[int, ...]:
 def next_words(
     captioner: Captioner, image: ImageLike, maps: CaptionMaps, count: int = 8
 ) -> list[list[NextWord]]:
-    """Return what a captioner held likely at each word of a caption, given the words before it.
+    """Return the most likely next tokens at each word of a caption, given the words before it.
 
     Args:
-        captioner: that said or read the caption.
-        image: that it is of.
-        maps: of the caption. Of a word that is spelled by several tokens, the first one is looked
-            at.
-        count: how many to return for each word.
+        captioner: the captioner that generated or read the caption.
+        image: the captioned image.
+        maps: of the caption. For a word of several tokens, the first one is looked at.
+        count: tokens per word.
 
     Returns:
-        For each word the tokens that were likely, the likeliest first; what was said is always
-        among them. The end of the caption is written ``(end)``.
+        For each word its likely tokens, most likely first, always including the caption's own. The
+        end of the caption is written ``(end)``.
     """
-    model, specials = captioner.model, captioner.specials
-    features = encode_images(captioner.encoder, [image], captioner.bundle.extraction_dtype)[
-        model.feature
-    ]
-    memory = model.encode(features.to(captioner.device).float())
-    read = torch.tensor([[specials.start, *maps.tokens[:-1]]], device=captioner.device)
-    logits = model(memory, read, read.new_zeros(1))[0]  # (T, V)
-    likely = allowed(logits, specials.banned).softmax(-1).cpu()
-    found = []
+    memory, specials = captioner.memory([image]), captioner.specials
+    read = torch.tensor([[specials.start, *maps.tokens[:-1]]], device=captioner.device)  # (1, T)
+    logits = captioner.model(memory, read, read.new_zeros(1))[0]  # (T, V)
+    probabilities = allowed(logits, specials.banned).softmax(-1).cpu()  # (T, V)
+
+    def shown(token: int) -> str:
+        if token == specials.end:
+            return "(end)"
+        return captioner.tokenizer.decode([token]).strip() or "(space)"
+
+    likely = []
     for word in maps.words:
-        said, row = maps.tokens[word.first], likely[word.first]
+        actual, row = maps.tokens[word.first], probabilities[word.first]  # (V,)
         best = row.topk(min(count, len(row))).indices.tolist()
-        best = best if said in best else [*best[: count - 1], said]
-        found.append(
-            [NextWord(_shown(captioner, token), float(row[token]), token == said) for token in best]
-        )
-    return found
-
-
-def _shown(captioner: Captioner, token: int) -> str:
-    return (
-        "(end)"
-        if token == captioner.specials.end
-        else captioner.tokenizer.decode([token]).strip() or "(space)"
-    )
+        best = best if actual in best else [*best[: count - 1], actual]
+        likely.append([NextWord(shown(t), float(row[t]), t == actual) for t in best])
+    return likely
 
 
 @torch.inference_mode()
 def _read(
     captioner: Captioner, images: Sequence[Any], captions: Sequence[tuple[int, ...]]
 ) -> list[CaptionMaps]:
+    """Read captions and return where the captioner looked; see ``caption_maps``."""
     model, device = captioner.model, captioner.device
-    features = encode_images(captioner.encoder, images, captioner.bundle.extraction_dtype)[
-        model.feature
-    ]
-    memory = model.encode(features.to(device).float())
+    memory = captioner.memory(images)
     looked = word_attention(model, memory, captions, captioner.specials)
-    found = []
+    maps = []
     for i, (tokens, weights) in enumerate(zip(captions, looked, strict=True)):
+        caption = captioner.tokenizer.decode(tokens)
         if not weights:
             raise CapGenError(
                 f"{model.name} has no attention over the image",
                 "choose attend_tell, transformer or clip_gpt2",
             )
-        if not captioner.tokenizer.decode(tokens).strip():
+        if not caption.strip():
             raise CapGenError(
                 "an empty caption has no words to look for",
                 "pass a caption, or ask for min_length=1",
             )
-        read = torch.tensor([[captioner.specials.start, *tokens[:-1]]], device=device)
+        read = torch.tensor([[captioner.specials.start, *tokens[:-1]]], device=device)  # (1, T)
         cross, own = layer_attention(model, memory.select(torch.tensor([i], device=device)), read)
-        rolled = rollout(cross, own) if cross else mean_map(weights)
-        found.append(_merged(captioner, tokens, weights, rolled))
-    return found
+        rolled = rollout(cross, own) if cross else mean_map(weights)  # (T, N)
+        words = words_of(captioner.tokenizer, tokens)
+        by_word = {layer: _by_word(words, values) for layer, values in weights.items()}
+        preprocessing = captioner.encoder.preprocessing
+        maps.append(
+            CaptionMaps(
+                caption, tuple(words), tokens, by_word, _by_word(words, rolled), preprocessing
+            )
+        )
+    return maps
 
 
-def _merged(
-    captioner: Captioner, tokens: tuple[int, ...], weights: Mapping[str, Tensor], rolled: Tensor
-) -> CaptionMaps:
-    """Average the maps of tokens that spell one word."""
-    words = words_of(captioner.tokenizer, tokens)
-
-    def by_word(values: Tensor) -> Tensor:
-        return torch.stack([values[word.first : word.last].float().mean(0) for word in words])
-
-    merged = {layer: by_word(values) for layer, values in weights.items()}
-    caption = captioner.tokenizer.decode(tokens)
-    return CaptionMaps(
-        caption, tuple(words), tokens, merged, by_word(rolled), captioner.encoder.preprocessing
-    )
+def _by_word(words: Sequence[Word], values: Tensor) -> Tensor:
+    """Average values (T, ...) of tokens over each word: (words, ...)."""
+    return torch.stack([values[word.first : word.last].float().mean(0) for word in words])

@@ -91,11 +91,12 @@ def encode_images(
         Output name -> float16 (len(images), *shape) on the CPU.
     """
     pixels = np.stack([encoder.preprocessing(open_image(image), flip) for image in images])
-    return _run(encoder, pixels, dtype)
+    return encode_pixels(encoder, pixels, dtype)
 
 
 @torch.inference_mode()
-def _run(encoder: Encoder, pixels: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
+def encode_pixels(encoder: Encoder, pixels: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Encode what the encoder's preprocessing returns, (B, size, size, 3) uint8; see above."""
     device = encoder.mean.device
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         outputs = encoder(torch.from_numpy(pixels).to(device))
@@ -269,7 +270,7 @@ def _write_rows(
         if grids is None:
             decoded = _decoded(manifest, encoder, flip, rows, batch_size)
             batches: Iterator[_Batch] = (
-                (n, _run(encoder, p, dtype)[output].numpy(), f) for n, p, f in decoded
+                (n, encode_pixels(encoder, p, dtype)[output].numpy(), f) for n, p, f in decoded
             )
         else:
             batches = _encoded_grids(grids, encoder, output, rows, batch_size)

@@ -1,5 +1,4 @@
-"""CLIP chooses: the fitting string wins, whoever said it; and captioners, bundles and the command
-line use that."""
+"""Re-ranking with CLIP, on its own and in captioners, bundles and the command line."""
 
 import json
 import shutil
@@ -26,9 +25,10 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.config import DecodingConfig
 from capgen_utils.data import shapes
 from capgen_utils.data.datasets import load_dataset
-from capgen_utils.decoding.rerank import best_first, fit, rerank, shared_sight, temperatures_of
-from capgen_utils.decoding.search import TEMPERATURES
-from capgen_utils.evaluation.results import Choosing, evaluate, summary
+from capgen_utils.decoding.captions import best_first
+from capgen_utils.decoding.options import TEMPERATURES, with_options
+from capgen_utils.decoding.rerank import fit, rerank, shared_encoder
+from capgen_utils.evaluation.results import evaluate, summary
 from capgen_utils.vision.dual_encoder import DualEncoder
 from capgen_utils.vision.encoder import Encoder
 from capgen_utils.vision.encoders import ENCODERS, new_shapes_cnn
@@ -38,7 +38,7 @@ TWO = sorted(PHOTOS.glob("*.jpg"))[:2]
 
 
 class Table:
-    """A scorer whose vectors are known."""
+    """A scorer with known vectors."""
 
     texts = {"red": [1.0, 0.0], "blue": [0.0, 1.0], "violet": [0.6, 0.8], "": [0.0, -1.0]}
 
@@ -72,7 +72,7 @@ def test_the_fitting_caption_comes_first() -> None:
     assert sorted(scorer.read) == ["", "blue", "red", "violet"], "each text is read once"
 
 
-def test_vectors_may_be_given_instead_of_images() -> None:
+def test_vectors_can_replace_images() -> None:
     scorer: Any = Table()
     assert rerank(scorer, torch.tensor([[0.0, 2.0]]), [["red", "blue"]]) == [
         [("blue", 2.0), ("red", 0.0)]
@@ -94,16 +94,19 @@ def test_each_image_needs_its_own_list() -> None:
         rerank(scorer, ["a", "b"], [["red"]])
 
 
-def test_what_is_chosen_from() -> None:
-    assert temperatures_of(None, {}) == TEMPERATURES
-    assert temperatures_of(None, {"top_p": 0.9, "max_length": 5, "beam": None}) == TEMPERATURES
-    assert temperatures_of([0.0, 2.0], {}) == (0.0, 2.0)
-    assert (
-        temperatures_of(None, {"beam": 4}) is None
-        and temperatures_of(None, {"candidates": 4}) is None
-    )
+def test_reranking_implies_temperatures_unless_another_way_is_asked_for() -> None:
+    def temperatures(**options: Any) -> tuple[float, ...]:
+        return with_options(DecodingConfig(), rerank=True, **options).temperatures
+
+    assert temperatures() == TEMPERATURES
+    assert temperatures(top_p=0.9, max_length=5, beam=None) == TEMPERATURES
+    assert temperatures(temperatures=[0.0, 2.0]) == (0.0, 2.0)
+    assert temperatures(beam=4) == temperatures(candidates=4) == ()
     with pytest.raises(CapGenError, match="beam and temperatures"):
-        temperatures_of([1.0], {"beam": 4})
+        temperatures(temperatures=[1.0], beam=4)
+    stored = DecodingConfig(temperatures=(0.0, 1.0))
+    assert with_options(stored).temperatures == (0.0, 1.0)
+    assert with_options(stored, beam=2).temperatures == (), "a beam replaces them"
 
 
 # --- captioners
@@ -112,7 +115,7 @@ def test_what_is_chosen_from() -> None:
 def clip_bundle(
     folder: Path, scorer: DualEncoder | None = None, encoder: Encoder | None = None, **more: Any
 ) -> Bundle:
-    """Write the bundle of a captioner that reads words as ``scorer`` does."""
+    """Write the bundle of a captioner with the vocabulary of ``scorer``."""
     encoder = encoder or new_shapes_cnn(32)
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer=tokenizer, shape=encoder.outputs["grid"])
@@ -126,7 +129,7 @@ def clip_bundle(
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the bundle of a captioner with a scorer that sees through its encoder."""
+    """Return the bundle of a captioner whose scorer shares its encoder."""
     folder = tmp_path_factory.mktemp("rerank") / "bundle"
     torch.manual_seed(3)
     encoder = new_shapes_cnn(32)
@@ -134,7 +137,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_captioner_lets_clip_choose(bundle: Path) -> None:
+def test_a_captioner_reranks_with_clip(bundle: Path) -> None:
     captioner = Captioner.from_bundle(bundle, "cpu")
     for caption, photo in zip(captioner.caption(TWO, rerank=True), TWO, strict=True):
         texts = [candidate.text for candidate in caption.candidates]
@@ -160,7 +163,7 @@ def test_a_captioner_lets_clip_choose(bundle: Path) -> None:
     assert all(c.clip_score is None for c in captioner.caption(PHOTO)[0].candidates)
 
 
-def test_other_temperatures_a_beam_or_samples(bundle: Path) -> None:
+def test_candidates_can_come_from_temperatures_a_beam_or_samples(bundle: Path) -> None:
     captioner = Captioner.from_bundle(bundle, "cpu")
     two = captioner.caption(PHOTO, rerank=True, temperatures=(0.0, 3.0), seed=4)[0]
     assert sorted(c.temperature for c in two.candidates) == [0.0, 3.0]
@@ -178,24 +181,24 @@ def test_other_temperatures_a_beam_or_samples(bundle: Path) -> None:
         captioner.caption(PHOTO, rerank=True, temperatures=(-1.0,))
 
 
-def test_the_scorer_uses_what_the_captioner_has_seen(
+def test_the_scorer_shares_the_captioners_features(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captioner = Captioner.from_bundle(bundle, "cpu")
     scorer, encoder = captioner.scorer, captioner.encoder
     assert (
-        shared_sight(scorer, encoder, "grid") is not None
-        and shared_sight(scorer, encoder, "pooled") is None
+        shared_encoder(scorer, encoder, "grid") is not None
+        and shared_encoder(scorer, encoder, "pooled") is None
     )
-    assert shared_sight(scorer, scorer.images, "embedding") is not None
-    assert shared_sight(tiny_dual(new_shapes_cnn(32)), encoder, "grid") is None, "another stem"
+    assert shared_encoder(scorer, scorer.images, "embedding") is not None
+    assert shared_encoder(tiny_dual(new_shapes_cnn(32)), encoder, "grid") is None, "another stem"
     monkeypatch.setattr(
         DualEncoder, "embed_images", lambda *_: pytest.fail("the images are encoded twice")
     )
     assert captioner.caption(PHOTO, rerank=True)
 
 
-def test_a_second_encoder_looks_where_the_scorer_has_other_eyes(
+def test_a_scorer_with_another_encoder_encodes_the_images_itself(
     bundle: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(8)
@@ -221,7 +224,7 @@ def test_a_bundle_without_a_scorer_says_how_to_get_one(tmp_path: Path) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    """Return the folders and files right below ``folder``."""
+    """Return the names of the files and folders in ``folder``."""
     return {path.name for path in folder.iterdir()}
 
 
@@ -273,7 +276,7 @@ def test_an_encoder_that_is_half_of_the_scorer_is_stored_once(tmp_path: Path) ->
     )
 
 
-def test_a_public_stem_needs_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_stem_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENCODERS, "tiny", lambda _: tiny_encoder())
     dual = tiny_dual(tiny_encoder())
     clip_bundle(tmp_path / "b", dual, tiny_encoder())
@@ -286,7 +289,7 @@ def test_a_public_stem_needs_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- the command line
 
 
-def test_the_command_line_lets_clip_choose(bundle: Path) -> None:
+def test_the_command_line_reranks(bundle: Path) -> None:
     asked = ("caption", PHOTO, "--bundle", bundle, "--device", "cpu", "--rerank", "--json")
     done = capgen(*asked)
     assert done.returncode == 0, done.stderr
@@ -337,7 +340,7 @@ def test_the_command_line_without_a_scorer(tmp_path: Path) -> None:
 # --- evaluation
 
 
-def test_an_evaluation_says_who_chose_and_what_a_judge_says_of_it(
+def test_an_evaluation_reports_the_scorer_and_the_judge(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAPGEN_DATA", str(tmp_path / "data"))
@@ -345,9 +348,10 @@ def test_an_evaluation_says_who_chose_and_what_a_judge_says_of_it(
     manifest = load_dataset("shapes", tmp_path / "shapes")
     loaded = load_bundle(bundle)
     scorer, judge = loaded.build_scorer(), tiny_dual(new_shapes_cnn(64))
-    first = evaluate(loaded, manifest, choosing=Choosing(None, (0.0,)))
+    captioner = Captioner.from_bundle(bundle, "cpu")
+    first = evaluate(captioner, manifest, beam=1)
     assert first.result["reranking"] is None and first.result["protocol"]["chosen_by"] is None
-    found = evaluate(loaded, manifest, choosing=Choosing(scorer, TEMPERATURES, judge))
+    found = evaluate(captioner, manifest, rerank=True, judge=judge)
     said = found.result["reranking"]
     assert (
         said["scorer"] == "small_clip on shapes_cnn"
@@ -380,13 +384,13 @@ def test_an_evaluation_says_who_chose_and_what_a_judge_says_of_it(
     expected = 100 * 2.5 * (images * texts).sum(1).clamp(min=0).mean().item()
     assert said["CLIPScore"] == pytest.approx(expected, abs=0.1)
     assert {"CLIPScore without", "CLIPScore of a human caption"} <= set(said)
-    assert "small_clip on shapes_cnn chose" in summary(found.result) and "CLIPScore" in summary(
+    assert "re-ranked by small_clip on shapes_cnn" in summary(
         found.result
-    )
+    ) and "CLIPScore" in summary(found.result)
     json.dumps(found.result)
 
 
-def test_choosing_on_the_command_line(bundle: Path, tmp_path: Path) -> None:
+def test_evaluate_reranks_on_the_command_line(bundle: Path, tmp_path: Path) -> None:
     shapes.generate(tmp_path / "shapes", 40)
     tiny_dual(new_shapes_cnn(64)).save(tmp_path / "judge")
     done = capgen(
@@ -410,4 +414,4 @@ def test_choosing_on_the_command_line(bundle: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "chosen.json").read_text())
     assert result["protocol"]["temperatures"] == [0, 1] and result["reranking"]["CLIPScore"] >= 0
-    assert "chose" in done.stdout
+    assert "re-ranked by" in done.stdout

@@ -1,4 +1,4 @@
-"""Attention by word: sums, merged byte pairs, rollout, and how a grid lies on pixels."""
+"""Attention by word: sums, merged byte pairs, rollout, and maps on pixels."""
 
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def test_every_map_of_every_word_sums_to_one(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", LOOKING)
-def test_maps_are_what_the_captioner_says_of_itself(model: str) -> None:
+def test_maps_equal_the_captioners_own_weights(model: str) -> None:
     captioner = tiny_captioner(model)
     (maps,) = caption_maps(captioner, PATHS[:1])
     caption, looked = captioner.attention(PATHS[0])
@@ -93,7 +93,7 @@ def test_maps_are_what_the_captioner_says_of_itself(model: str) -> None:
     assert not maps.elsewhere().any(), "no class token"
 
 
-def test_one_layer_is_its_own_mean_and_its_own_rollout() -> None:
+def test_mean_and_rollout_of_one_layer_equal_it() -> None:
     (maps,) = caption_maps(tiny_captioner("attend_tell"), PATHS[:1])
     assert maps.choices(heads=True) == ["attention"]
     torch.testing.assert_close(maps.of(MEAN), maps.of("attention"))
@@ -110,7 +110,7 @@ def test_the_choices_are_layers_heads_mean_and_rollout() -> None:
 
 
 @pytest.mark.parametrize("model", LOOKING)
-def test_a_caption_can_be_given_and_batches_change_nothing(model: str) -> None:
+def test_given_captions_are_read_the_same_in_any_batch(model: str) -> None:
     captioner = tiny_captioner(model)
     given = [CAPTION, "word2", "word7 word0"]
     together = caption_maps(captioner, PATHS, given)
@@ -136,7 +136,7 @@ def test_captions_that_do_not_fit_are_refused(captions: list[str], message: str)
 
 
 @pytest.mark.parametrize("model", ["show_tell", "clip_prefix"])
-def test_who_does_not_look_is_told_so(model: str) -> None:
+def test_a_captioner_without_attention_is_refused(model: str) -> None:
     encoder, tokenizer = tiny_encoder(), tiny_tokenizer()
     built = tiny_model(model, tokenizer)
     encoder.outputs["embedding"] = (12,)
@@ -167,7 +167,7 @@ def test_the_class_token_is_dropped_and_the_rest_sums_to_one() -> None:
         on_grid(shares(2, 52))
 
 
-def test_a_captioner_that_reads_clips_tokens_is_drawn_on_the_grid_alone() -> None:
+def test_clips_class_token_is_left_out_of_maps() -> None:
     captioner = tiny_captioner("clip_gpt2", (10, 12))
     encode = captioner.encoder.forward
 
@@ -206,7 +206,7 @@ def test_rollout_by_hand() -> None:
     torch.testing.assert_close(rollout(cross[:1], own[:1]), cross[0])
 
 
-def test_rollout_hears_of_the_image_through_earlier_words() -> None:
+def test_rollout_follows_the_image_through_earlier_words() -> None:
     cross = [torch.tensor([[1.0, 0.0], [0.0, 1.0]])] * 2
     deaf, listening = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     assert rollout(cross, [deaf, deaf])[1, 0] == 0
@@ -218,7 +218,7 @@ def test_rollout_hears_of_the_image_through_earlier_words() -> None:
 
 @pytest.mark.parametrize("model", ["transformer", "clip_gpt2", "clip_gpt2, no gate"])
 @torch.inference_mode()
-def test_reading_at_once_looks_where_saying_word_by_word_does(model: str) -> None:
+def test_reading_a_whole_caption_equals_reading_it_word_by_word(model: str) -> None:
     built, tokenizer = tiny_model(model), tiny_tokenizer()
     memory = built.encode(torch.randn(1, 9, 12, generator=torch.Generator().manual_seed(1)))
     said = tokenizer.encode(CAPTION)[1:-1]
@@ -237,11 +237,11 @@ def test_reading_at_once_looks_where_saying_word_by_word_does(model: str) -> Non
 
 @pytest.fixture(scope="module", params=["gpt2", "clip"])
 def pairs(request: pytest.FixtureRequest) -> BpeTokenizer:
-    """A byte-pair tokenizer that knows three words whole and spells all others."""
+    """A byte-pair tokenizer with three whole words; it spells all others."""
     return BpeTokenizer.fit(["a red on"], request.param)
 
 
-def test_tokens_of_a_word_are_its_own(pairs: BpeTokenizer) -> None:
+def test_tokens_belong_to_their_word(pairs: BpeTokenizer) -> None:
     text = "a red umbrella on 3.5 cafés, don't"
     tokens = pairs.encode(text)[1:-1]
     words = words_of(pairs, tokens)
@@ -255,7 +255,7 @@ def test_tokens_of_a_word_are_its_own(pairs: BpeTokenizer) -> None:
     assert pairs.decode(tokens[umbrella.first : umbrella.last]) == "umbrella"
 
 
-def test_whole_words_stand_alone_and_contractions_together() -> None:
+def test_contractions_are_one_word() -> None:
     tokenizer = WordTokenizer(["the", "dog", "'s", "do", "n't", "bone"])
     tokens = tokenizer.encode("the dog's bone don't")[1:-1]
     assert words_of(tokenizer, tokens) == [
@@ -274,11 +274,8 @@ def test_the_maps_of_a_words_tokens_are_averaged(pairs: BpeTokenizer) -> None:
     captioner = Captioner(Bundle(model, pairs, info), tiny_encoder(), torch.device("cpu"))
     (maps,) = caption_maps(captioner, PATHS[:1], ["red star"])
     assert maps.texts == ["red", "star"]
-    features = captioner._features(PATHS[:1])
-    with torch.inference_mode():
-        (looked,) = word_attention(
-            model, model.encode(features.float()), [maps.tokens], captioner.specials
-        )
+    memory = captioner.memory(PATHS[:1])
+    (looked,) = word_attention(model, memory, [maps.tokens], captioner.specials)
     for place, word in enumerate(maps.words):
         expected = looked["layer1"][word.first : word.last].mean((0, 1))
         torch.testing.assert_close(maps.of("layer1")[place], expected)
@@ -289,7 +286,7 @@ def test_the_maps_of_a_words_tokens_are_averaged(pairs: BpeTokenizer) -> None:
 # --- on pixels
 
 
-def test_a_map_lies_on_the_pixels_that_the_encoder_saw() -> None:
+def test_a_map_covers_the_pixels_that_the_encoder_saw() -> None:
     weights = torch.full((3, 1, 49), 0.001)
     weights[1, 0, 0] = 1
     maps = maps_of({"layer0": weights})
@@ -299,7 +296,7 @@ def test_a_map_lies_on_the_pixels_that_the_encoder_saw() -> None:
     assert y < 100 / 7 and x < 200 / 7
 
 
-def test_a_bundle_on_disk_is_read_the_same(tmp_path: Path) -> None:
+def test_a_bundle_on_disk_gives_the_same_maps(tmp_path: Path) -> None:
     save_tiny_bundle(tmp_path / "b", DecodingConfig(beam=2, max_length=8, min_length=2))
     captioner: Any = Captioner.from_bundle(tmp_path / "b", "cpu")
     (maps,) = caption_maps(captioner, PATHS[:1], beam=3)

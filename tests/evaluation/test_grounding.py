@@ -1,5 +1,4 @@
-"""The pointing game by hand, and the deletion test on captioners of which it is known whether they
-look."""
+"""The pointing game by hand, and the deletion test on captioners with known attention."""
 
 import json
 import math
@@ -51,7 +50,7 @@ WORDS = ["a", "red", "star", "is", "left", "of", "blue", "circle", "green"]
 
 
 def looking_at(*cells: int, side: int = 8) -> Tensor:
-    """One map a word, all but all of it on one cell."""
+    """One map per word, almost all of it on one cell."""
     weights = torch.full((len(cells), 1, side * side), 1e-4)
     weights[torch.arange(len(cells)), 0, torch.tensor(cells)] = 1
     return weights / weights.sum(-1, keepdim=True)
@@ -87,8 +86,8 @@ def test_the_pointing_game_by_hand() -> None:
         )
 
 
-def test_attention_belongs_to_the_word_that_is_said_with_it() -> None:
-    """The map one step late, at the word after, would miss."""
+def test_attention_belongs_to_the_generated_word() -> None:
+    """The map of the next word would miss."""
     layer = looking_at(63, 0, 63)
     (colour, shape) = pointings(
         [maps_of({"layer0": layer}, words="a red star")], [Scene((RED,))], (64, 64)
@@ -100,7 +99,7 @@ def test_attention_belongs_to_the_word_that_is_said_with_it() -> None:
     assert colour.others is None, "there is no other object"
 
 
-def test_half_a_cell_beside_the_box_is_near() -> None:
+def test_half_a_cell_outside_the_box_is_near() -> None:
     beside, far = (
         2 * 8 + 1,
         3 * 8 + 1,
@@ -127,7 +126,7 @@ def test_a_map_without_a_peak_scores_chance() -> None:
     assert game["colour"]["maps"]["layer0"]["score"] == game["colour"]["chance"]
 
 
-def test_intervals_are_over_images_and_hang_on_the_seed() -> None:
+def test_intervals_resample_images_and_depend_on_the_seed() -> None:
     tries = [
         Pointing(i, "colour", {"mean": i * 37 % 97 / 97}, {"mean": 1.0}, None, 0.1, 0.2, 0.0)
         for i in range(40)
@@ -142,7 +141,7 @@ def test_intervals_are_over_images_and_hang_on_the_seed() -> None:
     assert first["another"] is None
 
 
-def test_the_mean_of_unevenly_many_values_an_image() -> None:
+def test_the_mean_with_different_numbers_of_values_per_image() -> None:
     found = mean_interval([3.0, 0.0, 1.0], [3, 0, 1])
     assert found == (1.0, 1.0, 1.0)
     value, low, high = mean_interval([4.0, 0.0] * 30, [4, 1] * 30)
@@ -161,7 +160,7 @@ def test_the_cells_with_most_attention_are_chosen() -> None:
     assert np.flatnonzero(top_cells(weights, 0.001)).tolist() == [1], "at least one"
 
 
-def test_a_moved_patch_has_the_same_size_and_shape_and_another_place() -> None:
+def test_a_moved_patch_keeps_its_size_and_shape() -> None:
     cells = np.zeros((4, 4), dtype=bool)
     cells[0, 0] = cells[0, 1] = cells[1, 0] = True
     seen = set()
@@ -178,7 +177,7 @@ def test_a_moved_patch_has_the_same_size_and_shape_and_another_place() -> None:
     assert len(seen) == 15, "every other place is drawn"
 
 
-def test_what_is_hidden_gets_the_mean_colour_and_nothing_else_changes() -> None:
+def test_hidden_cells_get_the_mean_colour() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     cells = np.zeros((3, 3), dtype=bool)
     cells[1, 2] = True
@@ -189,7 +188,7 @@ def test_what_is_hidden_gets_the_mean_colour_and_nothing_else_changes() -> None:
     assert np.array_equal(hidden[kept], pixels[kept])
 
 
-def test_words_that_name_nothing_are_not_tested() -> None:
+def test_function_words_are_not_tested() -> None:
     maps = maps_of({"layer0": looking_at(*range(9))}, words="A dog 's ball is in front of 7")
     assert [maps.texts[i] for i in content_words(maps)] == ["dog", "ball"]
 
@@ -280,7 +279,7 @@ IMAGES = [np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8)
 TEXTS = ["a red star", "a blue circle", "a green star", "red", "a blue star", "circle of blue"]
 
 
-def test_who_looks_where_it_matters_wins_always() -> None:
+def test_attention_on_the_relevant_cell_always_wins() -> None:
     captioner = planted(cell=4, looks=4)
     found = deletions(captioner, IMAGES, caption_maps(captioner, IMAGES, TEXTS), share=0.1)
     assert len(found) == 11 and all(len(one.patches) == 4 for one in found)
@@ -297,7 +296,7 @@ def test_who_looks_where_it_matters_wins_always() -> None:
     assert result["over stranger"]["more"] == 0.5
 
 
-def test_who_looks_elsewhere_loses() -> None:
+def test_attention_elsewhere_loses() -> None:
     captioner = planted(cell=4, looks=0)
     found = deletions(
         captioner, IMAGES, caption_maps(captioner, IMAGES, TEXTS), share=0.1, draws=30
@@ -307,7 +306,7 @@ def test_who_looks_elsewhere_loses() -> None:
     assert result["over patch"]["difference"] < 0 and result["over patch"]["more"] == 0
 
 
-def test_who_ignores_the_image_is_at_chance() -> None:
+def test_a_captioner_that_ignores_the_image_is_at_chance() -> None:
     captioner = planted(cell=4, looks=4, blind=True)
     result = deletion_test(deletions(captioner, IMAGES, caption_maps(captioner, IMAGES, TEXTS)))
     for over in ("over patch", "over stranger"):
@@ -319,7 +318,7 @@ def test_who_ignores_the_image_is_at_chance() -> None:
         }
 
 
-def test_draws_hang_on_the_seed_and_on_the_image() -> None:
+def test_random_patches_depend_on_the_seed_and_the_image() -> None:
     captioner = planted(cell=4, looks=0)
     maps = caption_maps(captioner, IMAGES, TEXTS)
     first, again, other = (deletions(captioner, IMAGES, maps, seed=seed) for seed in (3, 3, 4))
@@ -334,11 +333,11 @@ def test_impossible_tests_are_refused(options: dict[str, Any]) -> None:
     captioner = planted(4, 4)
     with pytest.raises(CapGenError, match="not possible"):
         deletions(captioner, IMAGES[:1], caption_maps(captioner, IMAGES[:1], TEXTS[:1]), **options)
-    with pytest.raises(CapGenError, match="no caption holds a word"):
+    with pytest.raises(CapGenError, match="no caption has a content word"):
         deletion_test([])
 
 
-def test_a_word_counts_with_all_of_its_tokens_and_without_banned_ones() -> None:
+def test_a_word_is_the_sum_of_its_tokens_without_banned_ones() -> None:
     captioner = planted(cell=4, looks=4, blind=True)
     (maps,) = caption_maps(captioner, IMAGES[:1], ["a red star"])
     said = word_log_probabilities(captioner, IMAGES[:2], maps)
@@ -355,7 +354,7 @@ def test_a_word_counts_with_all_of_its_tokens_and_without_banned_ones() -> None:
     )
 
 
-def test_a_fall_is_the_log_probability_lost() -> None:
+def test_a_fall_is_the_lost_log_probability() -> None:
     captioner = planted(cell=4, looks=4)
     maps = caption_maps(captioner, IMAGES, TEXTS)
     (first, *_) = deletions(captioner, IMAGES, maps, share=0.1)
@@ -388,7 +387,7 @@ def manifest_of(folder: Path) -> Manifest:
     )
 
 
-def test_results_hold_both_tests_and_say_how_they_were_made(scenes: Path, tmp_path: Path) -> None:
+def test_results_hold_both_tests_and_their_protocol(scenes: Path, tmp_path: Path) -> None:
     save_tiny_bundle(tmp_path / "b")
     captioner = Captioner(
         load_bundle(tmp_path / "b"), load_bundle(tmp_path / "b").build_encoder(), CPU
@@ -425,7 +424,7 @@ def test_results_hold_both_tests_and_say_how_they_were_made(scenes: Path, tmp_pa
     assert "deletion test, rollout" in text and "over stranger" in text
 
 
-def test_the_table_shows_chance_beside_every_score() -> None:
+def test_the_summary_shows_chance_beside_every_score() -> None:
     tries = [
         Pointing(i, "colour", {"mean": 1.0}, {"mean": 1.0}, {"mean": 0.0}, 0.12, 0.2, 0.0)
         for i in range(4)
@@ -441,7 +440,7 @@ def test_the_table_shows_chance_beside_every_score() -> None:
         "12.0%" in text
         and "100.0%   [100.0%, 100.0%]   near: 100.0%   another object's box: 0.0%" in text
     )
-    assert "+1.000; a random patch +0.250; where another caption's word looked +0.500" in text
+    assert "+1.000; a random patch +0.250; where a word of another caption looked +0.500" in text
     assert "over patch       +0.750 [+0.750, +0.750]   falls further for 100.0% of words" in text
 
 

@@ -1,9 +1,8 @@
-"""Results: complete, without a word about the machine's owner, and the same numbers when they are
-computed again."""
+"""Results files: complete, without private names, and reproducible from their captions."""
 
 import json
 import platform
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from helpers import CPU, ROOT, tiny_encoder, tiny_manifest, tiny_trainer
 from results_rules import SCORES, attention_problems, prediction_problems, problems
 
 from capgen_utils.bundle import load_bundle
+from capgen_utils.captioner import Captioner
 from capgen_utils.common.files import CapGenError, write_json
 from capgen_utils.common.machine import machine, revision
 from capgen_utils.config import DecodingConfig
@@ -40,31 +40,34 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Pa
     images = {"train": 10, "dev": 3, "test": 5}
     trainer = tiny_trainer(folder, epochs=1, images=images)
     trainer.train()
-    bundle = load_bundle(folder / "run" / "bundle")
     manifest = tiny_manifest(folder / "images", **images)
     encoder: Encoder = trainer.encoder
+    captioner = Captioner(load_bundle(folder / "run" / "bundle"), encoder, CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAPGEN_DATA", str(folder / "data"))
         extract(manifest, encoder, dtype=torch.float32, device=CPU)
-        patch.setattr(type(bundle), "build_encoder", lambda self, weights=None: encoder)
-        return evaluate(bundle, manifest, "test", DecodingConfig(beam=1, max_length=8)), folder
+        return evaluate(captioner, manifest, "test", beam=1, max_length=8), folder
 
 
-def test_a_result_is_complete_and_names_no_host_and_no_path(
+def captioner_of(folder: Path) -> Captioner:
+    """Return the trained captioner, with an encoder that no bundle can hold."""
+    return Captioner(load_bundle(folder / "run" / "bundle"), tiny_encoder(), CPU)
+
+
+def test_a_result_is_complete_without_host_names_and_paths(
     evaluation: tuple[Evaluation, Path],
 ) -> None:
     result = evaluation[0].result
     assert problems(result, platform.node()) == []
     assert result["protocol"]["images"] == result["protocol"]["images_in_split"] == 5
     assert result["protocol"]["references"] == sum(1 + n % 3 for n in range(13, 18))
-    assert result["protocol"]["decoding"] == asdict(DecodingConfig(beam=1, max_length=8)) | {
-        "dtype": "float32"
-    }
+    decoding = DecodingConfig(beam=1, max_length=8).to_json() | {"dtype": "float32"}
+    assert result["protocol"]["decoding"] == decoding
     assert result["protocol"]["encoder"] == "tiny" and result["protocol"]["seed"] == 5
     assert json.loads(json.dumps(result)) == result
 
 
-def test_the_rules_see_what_is_missing() -> None:
+def test_the_rules_find_missing_parts() -> None:
     assert len(problems({})) > 20
     assert any("path" in p for p in problems({"x": "see /somewhere/else/file.txt"}))
     assert any("host" in p for p in problems({"x": "on bigbox17"}, "bigbox17"))
@@ -89,9 +92,7 @@ def test_captions_on_the_wrong_images_score_lower(evaluation: tuple[Evaluation, 
     assert found["distinct"] == 5
 
 
-def test_predictions_are_in_cocos_format(
-    evaluation: tuple[Evaluation, Path], tmp_path: Path
-) -> None:
+def test_predictions_have_cocos_format(evaluation: tuple[Evaluation, Path], tmp_path: Path) -> None:
     write_predictions(tmp_path / "p.json", evaluation[0].captions)
     assert prediction_problems(tmp_path / "p.json") == []
     rows = json.loads((tmp_path / "p.json").read_text())
@@ -109,7 +110,7 @@ def test_the_summary_shows_the_rules_beside_the_numbers(
     assert "WARNING: few references" in text
 
 
-def test_what_a_caption_costs_is_measured(evaluation: tuple[Evaluation, Path]) -> None:
+def test_the_cost_of_a_caption_is_measured(evaluation: tuple[Evaluation, Path]) -> None:
     spent = evaluation[0].result["cost"]
     assert spent["images"] == 5 and spent["decoding_ms"] > 0 and spent["encoding_ms"] > 0
     bundle = load_bundle(evaluation[1] / "run" / "bundle")
@@ -133,7 +134,7 @@ def stored(
     return tmp_path / "tiny.json"
 
 
-def test_scoring_again_finds_the_same_and_keeps_the_rest(
+def test_rescoring_gives_the_same_scores_and_keeps_the_rest(
     stored: Path, evaluation: tuple[Evaluation, Path]
 ) -> None:
     manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
@@ -161,7 +162,7 @@ def test_scoring_again_finds_the_same_and_keeps_the_rest(
     )
 
 
-def test_scoring_again_adds_what_an_old_file_lacks(
+def test_rescoring_adds_what_an_old_file_lacks(
     stored: Path, evaluation: tuple[Evaluation, Path]
 ) -> None:
     manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
@@ -175,7 +176,7 @@ def test_scoring_again_adds_what_an_old_file_lacks(
     assert rescore(stored, manifest).result["scores"] == old["scores"]
 
 
-def test_scoring_again_refuses_what_does_not_fit(
+def test_rescoring_refuses_files_that_do_not_fit(
     stored: Path, evaluation: tuple[Evaluation, Path]
 ) -> None:
     manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
@@ -198,12 +199,12 @@ def test_an_unknown_split_is_refused(evaluation: tuple[Evaluation, Path]) -> Non
     folder = evaluation[1]
     manifest = tiny_manifest(folder / "images", train=10, dev=3, test=5)
     with pytest.raises(CapGenError, match="validation"):
-        evaluate(load_bundle(folder / "run" / "bundle"), manifest, "validation")
+        evaluate(captioner_of(folder), manifest, "validation")
 
 
 def test_a_part_of_a_split_shows_in_the_protocol(evaluation: tuple[Evaluation, Path]) -> None:
     manifest = tiny_manifest(evaluation[1] / "images", train=10, dev=3, test=5)
-    said = protocol(manifest, "test", {"013.png": ("a",)}, DecodingConfig())
+    said = protocol(captioner_of(evaluation[1]), manifest, "test", 1, DecodingConfig())
     assert (said["images"], said["images_in_split"]) == (1, 5)
 
 
@@ -212,13 +213,12 @@ def test_a_limit_is_named_beside_the_scores(
 ) -> None:
     folder = evaluation[1]
     monkeypatch.setenv("CAPGEN_DATA", str(folder / "data"))
-    bundle = load_bundle(folder / "run" / "bundle")
-    monkeypatch.setattr(type(bundle), "build_encoder", lambda self, weights=None: tiny_encoder())
+    captioner = captioner_of(folder)
     manifest = tiny_manifest(folder / "images", train=10, dev=3, test=5)
-    found = evaluate(bundle, manifest, "test", DecodingConfig(beam=1, max_length=8), limit=2).result
+    found = evaluate(captioner, manifest, "test", limit=2, beam=1, max_length=8).result
     assert (found["protocol"]["images"], found["protocol"]["images_in_split"]) == (2, 5)
     assert "only 2 of the split's 5" in found["warnings"]["subset"]
-    seen = evaluate(bundle, manifest, "train", DecodingConfig(beam=1, max_length=8)).result
+    seen = evaluate(captioner, manifest, "train", beam=1, max_length=8).result
     assert "10 of 10 images are training images" in seen["warnings"]["training images"]
 
 
@@ -289,7 +289,7 @@ BARS = {
 
 
 @pytest.mark.parametrize("model", BARS)
-def test_results_reach_what_the_course_promises(model: str) -> None:
+def test_results_reach_the_promised_scores(model: str) -> None:
     drawn = read_result(ROOT / "results" / f"shapes_{model}.json")
     assert drawn["scores"]["true"] >= (0.90 if model == "clip_prefix" else 0.95)
     assert drawn["scores"]["true_shuffled"] <= 0.15 and drawn["training_run"]["minutes"] < 3
@@ -298,7 +298,7 @@ def test_results_reach_what_the_course_promises(model: str) -> None:
     )
 
 
-def test_the_rules_for_attention_see_what_they_should() -> None:
+def test_the_rules_for_attention_find_problems() -> None:
     paths = [path for path in RESULTS if path.name.endswith("_attention.json")]
     result = json.loads(paths[0].read_text(encoding="utf-8"))
     assert attention_problems(result) == []

@@ -1,15 +1,16 @@
-"""What several commands of the command line have in common: how they are declared, and options on
-decoding."""
+"""Options that several commands share: bundle, weights, decoding, re-ranking. Imports no torch."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from capgen_utils.decoding.options import OPTIONS, TEMPERATURES
+
 INTERRUPTED = 130  # what shells return after Ctrl-C
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something: "None" and "False" do not."""
+    """Shows every default except ``None`` and ``False``."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -19,8 +20,8 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
     """Declare a command.
 
     Args:
-        commands: what ``add_subparsers`` returned.
-        name: of the command.
+        commands: returned by ``add_subparsers``.
+        name: name of the command.
         run: takes the parsed options, returns the exit code or ``None`` for 0.
         text: one sentence of help.
     """
@@ -32,25 +33,25 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
 
 
 def add_bundle_options(parser: argparse.ArgumentParser) -> None:
-    """Declare which trained captioner is meant, and where the weights of its encoder are."""
+    """Declare the options that choose a bundle and the weights of its encoder."""
     parser.add_argument(
         "--bundle",
         type=Path,
         metavar="FOLDER",
-        help="a trained captioner (default: the one that ships)",
+        help="folder of a trained captioner (default: the one that ships)",
     )
     add_weights_option(parser)
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
-    """Declare where the encoder's weights are."""
+    """Declare ``--encoder-weights``."""
     parser.add_argument(
         "--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder"
     )
 
 
 def add_fp32_option(parser: argparse.ArgumentParser) -> None:
-    """Declare what features are computed in."""
+    """Declare ``--fp32``."""
     parser.add_argument(
         "--fp32",
         action="store_true",
@@ -58,57 +59,43 @@ def add_fp32_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_DECODING_OPTIONS: dict[str, tuple[type, str, str]] = {
-    "beam": (int, "N", "hypotheses kept; 1 is greedy search"),
-    "max_length": (int, "N", "longest caption in tokens"),
-    "min_length": (int, "N", "shortest caption in tokens"),
-    "length_penalty": (float, "X", "above 0 favours long captions in beam search"),
-    "groups": (int, "N", "diverse beam search: groups that share the beam and keep apart"),
-    "diversity": (float, "X", "how much the groups keep apart"),
-    "temperature": (float, "X", "above 0 draws captions: low ones are safe, high ones varied"),
-    "top_k": (int, "N", "draw among the N most likely tokens (alone: at temperature 1)"),
-    "top_p": (
-        float,
-        "X",
-        "draw among the tokens that hold this probability (alone: at temperature 1)",
-    ),
-    "seed": (int, "N", "of what is drawn"),
-    "repetition_penalty": (float, "X", "above 1 avoids tokens that were said before"),
-    "no_repeat_ngram": (int, "N", "no run of N tokens comes twice"),
-    "candidates": (int, "N", "captions to consider for an image: as many draws, or a beam as wide"),
-}
-
-
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    """Declare how captions are found."""
+    """Declare the decoding options, from the table in ``config.DecodingConfig``."""
     group = parser.add_argument_group(
-        "decoding", "How captions are found; the defaults are the captioner's own."
+        "decoding", "How captions are found; the defaults are the bundle's."
     )
-    for name, (kind, metavar, text) in _DECODING_OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    for name in OPTIONS:
+        if name != "temperatures":
+            _add_option(group, name)
 
 
 def add_reranking_options(parser: argparse.ArgumentParser) -> None:
-    """Declare how a CLIP chooses among captions."""
+    """Declare how a CLIP re-ranks captions."""
     group = parser.add_argument_group(
         "re-ranking", "A CLIP chooses the caption that fits the image best."
     )
-    group.add_argument("--rerank", action="store_true", help="let it choose")
+    group.add_argument("--rerank", action="store_true", help="re-rank the candidates with a CLIP")
     group.add_argument(
         "--scorer",
         type=Path,
         metavar="FOLDER",
-        help="the CLIP (default: the captioner's own, where it has one)",
+        help="folder of the CLIP (default: the bundle's own, if it has one)",
     )
+    listed = " ".join(f"{temperature:g}" for temperature in TEMPERATURES)
+    _add_option(group, "temperatures", f" (default: {listed})", nargs="+")
+
+
+def _add_option(group: Any, name: str, more: str = "", **keywords: Any) -> None:
+    kind, option = OPTIONS[name]
     group.add_argument(
-        "--temperatures",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="choose among captions drawn at these (default: 0 0.01 0.1 0.5 0.7 1 1.5; with --beam: among the beam's)",
+        f"--{name.replace('_', '-')}",
+        type=kind,
+        metavar=option.metavar,
+        help=option.help + more,
+        **keywords,
     )
 
 
-def decoding_options(options: argparse.Namespace) -> Any:
-    """Return the ``decoding.DecodingOptions`` that were given; the others are ``None``."""
-    return {name: getattr(options, name) for name in _DECODING_OPTIONS}
+def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options for ``decoding.options.with_options``; ``None`` if not given."""
+    return {name: getattr(options, name, None) for name in OPTIONS}

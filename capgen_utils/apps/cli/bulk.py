@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,7 +19,7 @@ from capgen_utils.common.files import (
     write_json,
 )
 from capgen_utils.decoding.captions import Caption
-from capgen_utils.decoding.options import DecodingOptions, check_decoding, with_options
+from capgen_utils.decoding.options import check_decoding, with_options
 
 if TYPE_CHECKING:  # so that a captioner without torch can be used too
     from capgen_utils.apps.export.onnx_captioner import OnnxCaptioner
@@ -282,9 +282,8 @@ class FailureFile:
 def settings_of(
     captioner: "Captioner | OnnxCaptioner",
     style: Style,
-    options: DecodingOptions,
+    options: dict[str, Any],
     rerank: bool = False,
-    temperatures: Sequence[float] | None = None,
     scorer: Path | None = None,
 ) -> dict[str, Any]:
     """Return everything that determines the captions of a run.
@@ -295,16 +294,15 @@ def settings_of(
     Raises:
         CapGenError: the decoding options are not possible.
     """
-    decoding = with_options(captioner.decoding, **options)
-    reranking = {"scorer": scorer and hash_folder(scorer), "temperatures": temperatures}
+    decoding = with_options(captioner.decoding, rerank, **options)
     return {
         "version": VERSION,
         "format": style.format,
         "candidates": style.candidates,
         "bundle": captioner.folder and hash_folder(captioner.folder),
         "features": captioner.features_dtype,
-        "decoding": asdict(check_decoding(decoding, captioner.longest)),
-        "reranking": reranking if rerank else None,
+        "decoding": check_decoding(decoding, captioner.longest).to_json(),
+        "reranking": {"scorer": scorer and hash_folder(scorer)} if rerank else None,
     }
 
 

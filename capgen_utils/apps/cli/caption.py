@@ -89,8 +89,7 @@ def run_caption(options: argparse.Namespace) -> int:
     paths, lost = find_paths(options.images)
     captioner = load_captioner(options)
     style = bulk.Style(options.format, options.candidates, options.rerank, named=len(paths) > 1)
-    asked = {"rerank": options.rerank, "temperatures": options.temperatures}
-    decoding = decoding_options(options)
+    asked = {"rerank": options.rerank} | decoding_options(options)
     failed = len(lost)
     with open_output(options, style, captioner, paths) as output:
         failures = bulk.FailureFile(options.failures)
@@ -98,9 +97,7 @@ def run_caption(options: argparse.Namespace) -> int:
         for _, error in lost:
             complain(error)
         held = output.held if isinstance(output, bulk.CaptionFile) else set[str]()
-        batches = bulk.caption_batches(
-            captioner, paths, held, options.batch_size, **asked, **decoding
-        )
+        batches = bulk.caption_batches(captioner, paths, held, options.batch_size, **asked)
         try:
             with progress_bar(len(paths), len(held)) as bar:
                 for batch in batches:
@@ -199,9 +196,7 @@ def open_output(
         sys.stdout.write(style.header)
         return nullcontext(sys.stdout)
     decoding = decoding_options(options)
-    settings = bulk.settings_of(
-        captioner, style, decoding, options.rerank, options.temperatures, options.scorer
-    )
+    settings = bulk.settings_of(captioner, style, decoding, options.rerank, options.scorer)
     batch_size, resume = options.batch_size, options.resume
     return bulk.CaptionFile(options.output, style, settings, paths, batch_size, resume)
 

@@ -16,88 +16,87 @@ from capgen_utils.apps.cli.arguments import (
 from capgen_utils.common.files import write_json
 from capgen_utils.presets import PRESETS
 
-_JAVA = "METEOR 1.5 too, the one that papers report; needs Java and: pip install pycocoevalcap"
+_JAVA = "METEOR 1.5 too, as reported in papers; needs Java and: pip install pycocoevalcap"
 
 
 def _add_split_options(parser: argparse.ArgumentParser) -> None:
-    """Declare which captioner is measured, on what, and where the results go."""
+    """Declare the captioner, the images and the folder of the results."""
     add_bundle_options(parser)
     parser.add_argument("--split", default="test", help="dev or test")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
-    parser.add_argument("--dataset", help="instead of the one the captioner was trained on")
+    parser.add_argument("--dataset", help="default: the one the captioner was trained on")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("results"),
         metavar="FOLDER",
-        help="where the results go",
+        help="folder of the results",
     )
 
 
-def _add_evaluate(commands: Any) -> None:
-    parser = add_command(commands, "evaluate", _evaluate, "Caption a split and score the captions.")
+def add_evaluate(commands: Any) -> None:
+    """Declare ``capgen evaluate``."""
+    parser = add_command(
+        commands, "evaluate", run_evaluate, "Caption a split and score the captions."
+    )
     _add_split_options(parser)
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="only the first N images (no score to publish)"
+        "--limit", type=int, metavar="N", help="only the first N images (not a score to publish)"
     )
     parser.add_argument(
         "--rescore",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="score the captions beside these results files again instead; nothing is decoded",
+        help="only score the captions of these results files again, without decoding",
     )
     parser.add_argument("--java", action="store_true", help=_JAVA)
-    parser.add_argument("--name", help="of the results files (default: DATASET_MODEL)")
+    parser.add_argument("--name", help="name of the results files (default: DATASET_MODEL)")
     parser.add_argument(
         "--judge",
         type=Path,
         metavar="FOLDER",
-        help="a CLIP that chose nothing and says how well captions fit",
+        help="an independent CLIP that measures how well the captions fit (CLIPScore)",
     )
     add_decoding_options(parser)
     add_reranking_options(parser)
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    if options.rescore:
-        return _rescore(options)
-    from capgen_utils.bundle import load_bundle
-    from capgen_utils.captioner import DEFAULT_BUNDLE
+def run_evaluate(options: argparse.Namespace) -> None:
+    """Run ``capgen evaluate``."""
+    from capgen_utils.captioner import Captioner
     from capgen_utils.data.datasets import load_dataset
-    from capgen_utils.decoding.options import with_options
-    from capgen_utils.evaluation.results import evaluate
+    from capgen_utils.evaluation.results import evaluate, read_result, rescore
+    from capgen_utils.vision.dual_encoder import DualEncoder
 
-    bundle = load_bundle(options.bundle or DEFAULT_BUNDLE)
-    manifest = load_dataset(_dataset_of(bundle, options), options.data)
-    decoding = with_options(bundle.decoding, **decoding_options(options))
+    for path in options.rescore or ():
+        dataset = options.dataset or read_result(path)["protocol"]["dataset"]
+        _write_evaluation(path, rescore(path, load_dataset(dataset, options.data), options.java))
+    if options.rescore:
+        return
+
+    captioner = Captioner.from_bundle(
+        options.bundle, encoder_weights=options.encoder_weights, scorer=options.scorer
+    )
+    manifest = load_dataset(_dataset_of(captioner.bundle, options), options.data)
     evaluation = evaluate(
-        bundle,
+        captioner,
         manifest,
         options.split,
-        decoding,
-        options.encoder_weights,
-        _choosing(options, bundle),
-        options.limit,
-        options.java,
+        rerank=options.rerank,
+        judge=DualEncoder.load(options.judge) if options.judge else None,
+        limit=options.limit,
+        java=options.java,
+        **decoding_options(options),
     )
-    name = options.name or f"{manifest.name}_{bundle.info['model']}"
+    name = options.name or f"{manifest.name}_{captioner.bundle.info['model']}"
     _write_evaluation(options.output / f"{name}.json", evaluation)
 
 
 def _dataset_of(bundle: Any, options: argparse.Namespace) -> str:
-    """The dataset that is asked for, else the one that the captioner was trained on."""
+    """Return the dataset that is asked for, else the one the captioner was trained on."""
     trained_on = PRESETS.get(bundle.info.get("preset", ""))
     return options.dataset or (trained_on.dataset if trained_on else "flickr8k")
-
-
-def _rescore(options: argparse.Namespace) -> None:
-    from capgen_utils.data.datasets import load_dataset
-    from capgen_utils.evaluation.results import read_result, rescore
-
-    for path in options.rescore:
-        dataset = options.dataset or read_result(path)["protocol"]["dataset"]
-        _write_evaluation(path, rescore(path, load_dataset(dataset, options.data), options.java))
 
 
 def _write_evaluation(path: Path, evaluation: Any) -> None:
@@ -106,39 +105,26 @@ def _write_evaluation(path: Path, evaluation: Any) -> None:
     write_predictions(predictions_path(path), evaluation.captions)
     write_json(path, evaluation.result)
     print(summary(evaluation.result))
-    print(f"written: {path} and the captions beside it")
+    print(f"written: {path} and its captions in the same folder")
 
 
-def _choosing(options: argparse.Namespace, bundle: Any) -> Any:
-    from capgen_utils.bundle import require_scorer
-    from capgen_utils.decoding.rerank import temperatures_of
-    from capgen_utils.evaluation.results import Choosing
-    from capgen_utils.vision.dual_encoder import DualEncoder
-
-    judge = DualEncoder.load(options.judge) if options.judge else None
-    if not options.rerank:
-        return Choosing(judge=judge)
-    scorer = require_scorer(bundle, options.scorer, options.encoder_weights)
-    return Choosing(scorer, temperatures_of(options.temperatures, decoding_options(options)), judge)
-
-
-def _add_attention(commands: Any) -> None:
+def add_attention(commands: Any) -> None:
+    """Declare ``capgen attention``."""
     parser = add_command(
         commands,
         "attention",
-        _attention,
-        "Test where a captioner looks: pointing game on shapes, deletion test.",
+        run_attention,
+        "Test a captioner's attention: pointing game on shapes, deletion test.",
     )
     _add_split_options(parser)
     parser.add_argument(
         "--images", type=int, default=100, metavar="N", help="the first N images of the split"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of random patches and of the intervals"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of random patches and intervals")
 
 
-def _attention(options: argparse.Namespace) -> None:
+def run_attention(options: argparse.Namespace) -> None:
+    """Run ``capgen attention``."""
     from capgen_utils.captioner import Captioner
     from capgen_utils.data.datasets import load_dataset
     from capgen_utils.evaluation.grounding import measure, summary
@@ -152,100 +138,91 @@ def _attention(options: argparse.Namespace) -> None:
     print(f"written: {path}")
 
 
-def _add_score(commands: Any) -> None:
+def add_score(commands: Any) -> None:
+    """Declare ``capgen score``."""
     parser = add_command(
         commands,
         "score",
-        _score,
-        "Score captions from anywhere: COCO's formats, or mappings image -> caption and image -> list of captions.",
+        run_score,
+        "Score captions in COCO's formats, or in mappings image -> caption and image -> captions.",
     )
-    parser.add_argument("predictions", type=Path, help="generated captions, one an image")
+    parser.add_argument("predictions", type=Path, help="generated captions, one per image")
     parser.add_argument("references", type=Path, help="human captions of the same images")
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object: metric -> value; all times 100"
+        "--json", action="store_true", help="print one JSON object: metric -> value, times 100"
     )
-    parser.add_argument(
-        "--intervals", action="store_true", help="with the ends of 95 %% bootstrap intervals"
-    )
+    parser.add_argument("--intervals", action="store_true", help="print 95 %% bootstrap intervals")
     parser.add_argument(
         "--against",
         type=Path,
         metavar="FILE",
-        help="another system's captions: is the first one better? (paired bootstrap)",
+        help="another system's captions, to compare with (paired bootstrap)",
     )
     parser.add_argument(
         "--training",
         type=Path,
         metavar="FILE",
-        help="human captions of the training images: what was copied?",
+        help="human captions of the training images, to find copies",
     )
     parser.add_argument("--java", action="store_true", help=_JAVA)
 
 
-def _score(options: argparse.Namespace) -> None:
+def run_score(options: argparse.Namespace) -> None:
+    """Run ``capgen score``."""
     from capgen_utils.evaluation.scoring import as_lines, score_files
 
-    found = score_files(
+    files = score_files(
         options.predictions, options.references, options.training, options.against, options.java
     )
-    for name, sentence in found.warnings.items():
+    for name, sentence in files.warnings.items():
         print(f"WARNING: {name}: {sentence}", file=sys.stderr)
-    for finding in found.findings:
+    for finding in files.findings:
         print(f"WARNING: {finding.name}: {finding.text}\n  -> {finding.remedy}", file=sys.stderr)
+    intervals = files.intervals if options.intervals else {}
     if options.json:
-        print(
-            json.dumps(_score_json(found, options.intervals, options.against is not None), indent=2)
-        )
+        rows: dict[str, Any] = dict(files.scores)
+        if options.intervals or options.against is not None:  # metric -> an object
+            rows = {name: {"value": value} for name, value in rows.items()}
+        for name, interval in intervals.items():
+            rows[name] |= {"low": interval.low, "high": interval.high}
+        for name, difference in files.differences.items():
+            rows[name]["ahead"] = difference._asdict()
+        print(json.dumps(rows, indent=2))
         return
-    shown = found.intervals if options.intervals else {}
-    print(
-        "\n".join(
-            as_lines(
-                (name, value, shown[name][1:] if name in shown else None)
-                for name, value in found.scores.items()
-            )
-        )
+    lines = as_lines(
+        (name, value, intervals[name][1:] if name in intervals else None)
+        for name, value in files.scores.items()
     )
-    if found.differences:
-        print(f"ahead of {options.against}, with the share of resamples in which it is:")
-        for name, one in found.differences.items():
-            print(
-                f"  {name:28s} {one.value:+10.2f}   [{one.low:+.2f}, {one.high:+.2f}]   {one.wins:.1%}"
-            )
-    print("\n".join(f"  {name}: {rule}" for name, rule in found.protocol.items()))
+    if files.differences:
+        lines.append(f"ahead of {options.against}, with the share of resamples in which it is:")
+    for name, (value, low, high, wins) in files.differences.items():
+        lines.append(f"  {name:28s} {value:+10.2f}   [{low:+.2f}, {high:+.2f}]   {wins:.1%}")
+    lines += [f"  {name}: {rule}" for name, rule in files.protocol.items()]
+    print("\n".join(lines))
 
 
-def _score_json(found: Any, with_intervals: bool, with_differences: bool) -> dict[str, Any]:
-    """Metric -> value; where more is asked for, metric -> an object of what is asked for."""
-    if not with_intervals and not with_differences:
-        return dict(found.scores)
-    rows: dict[str, dict[str, Any]] = {
-        name: {"value": value} for name, value in found.scores.items()
-    }
-    for name, one in found.intervals.items() if with_intervals else ():
-        rows[name] |= {"low": one.low, "high": one.high}
-    for name, one in found.differences.items():
-        rows[name]["ahead"] = one._asdict()
-    return rows
-
-
-def _add_leaderboard(commands: Any) -> None:
+def add_leaderboard(commands: Any) -> None:
+    """Declare ``capgen leaderboard``."""
     parser = add_command(
-        commands, "leaderboard", _leaderboard, "Print and write the tables of all results files."
+        commands, "leaderboard", run_leaderboard, "Print and write the tables of all results files."
     )
     parser.add_argument(
         "--results",
         type=Path,
         default=Path("results"),
         metavar="FOLDER",
-        help="where the results files are",
+        help="folder of the results files",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="Markdown (default: leaderboard.md beside them)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="Markdown file (default: leaderboard.md in the same folder)",
     )
 
 
-def _leaderboard(options: argparse.Namespace) -> None:
+def run_leaderboard(options: argparse.Namespace) -> None:
+    """Run ``capgen leaderboard``."""
     from capgen_utils.common.files import write_text
     from capgen_utils.evaluation.leaderboard import leaderboard
 

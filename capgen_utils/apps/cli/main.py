@@ -12,10 +12,10 @@ from capgen_utils.apps.cli.arguments import INTERRUPTED, add_command
 from capgen_utils.apps.cli.bulk import printable
 from capgen_utils.apps.cli.caption import add_caption
 from capgen_utils.apps.cli.evaluate import (
-    _add_attention,
-    _add_evaluate,
-    _add_leaderboard,
-    _add_score,
+    add_attention,
+    add_evaluate,
+    add_leaderboard,
+    add_score,
 )
 from capgen_utils.apps.cli.export import add_export
 from capgen_utils.apps.cli.serve import add_serve, serve_extra
@@ -58,10 +58,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_download(commands)
     _add_pretrain(commands)
     _add_train(commands)
-    _add_evaluate(commands)
-    _add_attention(commands)
-    _add_score(commands)
-    _add_leaderboard(commands)
+    add_evaluate(commands)
+    add_attention(commands)
+    add_score(commands)
+    add_leaderboard(commands)
     add_caption(commands)
     add_export(commands)
     add_serve(commands)

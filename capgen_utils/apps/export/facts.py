@@ -41,7 +41,7 @@ def bundle_facts(folder: Path) -> dict[str, Any]:
         },
         "scorer_included": scorer_folder(Path(folder)) is not None,
         "vocabulary": _vocabulary(bundle),
-        "decoding": asdict(bundle.decoding),
+        "decoding": bundle.decoding.to_json(),
         "training": {
             key: info.get(key) for key in ("preset", "dataset", "step", "revision", "training")
         }

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from capgen_utils.common.files import CapGenError, read_json, sha256_file
 from capgen_utils.config import DecodingConfig, from_dict
 from capgen_utils.data.images import ImageLike, is_many, open_image
 from capgen_utils.decoding.captions import Caption, Specials, caption_of
-from capgen_utils.decoding.options import DecodingOptions, check_decoding, with_options
+from capgen_utils.decoding.options import check_decoding, with_options
 from capgen_utils.text.vocabulary import tokenizer_from_json
 from capgen_utils.text.words import Tokenizer
 from capgen_utils.vision.preprocessing import Preprocessing, preprocessing_from_json
@@ -127,7 +127,7 @@ class OnnxCaptioner:
         images: ImageLike | Sequence[ImageLike],
         *,
         batch_size: int = 32,
-        **options: Unpack[DecodingOptions],
+        **options: Any,
     ) -> list[Caption]:
         """Caption one image or many; see ``Captioner.caption``.
 
@@ -151,11 +151,10 @@ class OnnxCaptioner:
         *,
         batch_size: int = 32,
         rerank: bool = False,
-        temperatures: Any = None,
-        **options: Unpack[DecodingOptions],
+        **options: Any,
     ) -> Iterator[tuple[Path, Caption | CapGenError]]:
         """Caption many files, yielding each with its caption or the error that its image caused."""
-        if rerank or temperatures:
+        if rerank:
             raise CapGenError(
                 "an exported captioner has no CLIP to choose captions with",
                 "use the bundle instead",
@@ -173,7 +172,7 @@ class OnnxCaptioner:
                 for path, found in part
             )
 
-    def _decoding(self, options: DecodingOptions) -> DecodingConfig:
+    def _decoding(self, options: dict[str, Any]) -> DecodingConfig:
         decoding = check_decoding(with_options(self.info.decoding, **options), self.info.longest)
         require_search(decoding)
         return decoding
@@ -185,9 +184,7 @@ class OnnxCaptioner:
 
     def _caption_pixels(self, pixels: np.ndarray, decoding: DecodingConfig) -> list[Caption]:
         found = search(self.start(self.encode(pixels)), len(pixels), self.specials, decoding)
-        return [
-            caption_of(self.tokenizer, hypotheses, range(len(hypotheses))) for hypotheses in found
-        ]
+        return [caption_of(self.tokenizer, hypotheses) for hypotheses in found]
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (B, size, size, 3), uint8 -> features (B, ...), rounded to float16 as a feature

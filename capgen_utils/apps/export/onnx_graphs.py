@@ -61,8 +61,8 @@ def export_onnx(
     missing = [name for name in _PACKAGES if util.find_spec(name) is None]
     if missing:
         raise CapGenError(f"{missing[0]} is not installed", INSTALL)
-    bundle = load_bundle(folder)
-    encoder = bundle.build_encoder(encoder_weights)
+    bundle = load_bundle(folder, encoder_weights)
+    encoder = bundle.build_encoder()
     with atomic_path(output) as temporary, torch.inference_mode(False), torch.no_grad():
         temporary.mkdir()
         _write_graphs(temporary, bundle.model, encoder)
@@ -84,7 +84,7 @@ def _describe(folder: Path, bundle: Bundle, encoder: Encoder) -> dict[str, Any]:
         "model": bundle.info["model"],
         "encoder": encoder.name,
         "preprocessing": asdict(encoder.preprocessing),
-        "decoding": asdict(bundle.decoding),
+        "decoding": bundle.decoding.to_json(),
         "longest": longest_caption(bundle.model),
         "vocabulary": len(bundle.tokenizer),
         "feature_shape": list(encoder.outputs[bundle.model.feature]),

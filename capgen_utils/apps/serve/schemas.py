@@ -4,17 +4,36 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from capgen_utils.apps.serve.problems import MEDIA_TYPE
+from capgen_utils.decoding.options import OPTIONS
 
-LARGEST_BEAM = 16  # of a request: memory and time grow with it
-MOST_CANDIDATES = 32
-LONGEST = 200
+# Tighter than the library's bounds: time and memory of a request grow with these.
+_LIMITS = {
+    "candidates": 32,
+    "beam": 16,
+    "groups": 16,
+    "diversity": 100,
+    "max_length": 200,
+    "min_length": 200,
+    "no_repeat_ngram": 200,
+    "temperature": 10,
+    "temperatures": 10,
+    "top_k": 100_000,
+    "seed": 2**53 - 1,
+}
 
 
-def _finite(low: float, high: float, text: str) -> Any:
-    return Field(default=None, ge=low, le=high, allow_inf_nan=False, description=text)
+def _bounds(name: str) -> dict[str, Any]:
+    kind, option = OPTIONS[name]
+    finite = {"allow_inf_nan": False} if kind is float else {}
+    return {"ge": option.low, "le": min(option.high, _LIMITS.get(name, option.high))} | finite
+
+
+def _field(name: str) -> Any:
+    kind, option = OPTIONS[name]
+    return kind | None, Field(default=None, description=option.help, **_bounds(name))
 
 
 def _as_list(value: Any) -> Any:
@@ -22,11 +41,14 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) or value is None else [value]
 
 
-Temperature = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(**_bounds("temperatures"))]
+_Decoding: Any = create_model(
+    "_Decoding", **{name: _field(name) for name in OPTIONS if name != "temperatures"}
+)
 
 
-class Options(BaseModel):
-    """How captions are found; what is not given is the captioner's own default."""
+class Options(_Decoding):  # type: ignore[misc]
+    """How captions are found; the defaults are the captioner's own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,40 +58,6 @@ class Options(BaseModel):
         max_length=100,
         description="one of `/v1/models`; the first one by default",
     )
-    candidates: int | None = Field(
-        default=None,
-        ge=1,
-        le=MOST_CANDIDATES,
-        description="captions to consider: as many draws, or a beam as wide",
-    )
-    beam: int | None = Field(
-        default=None, ge=1, le=LARGEST_BEAM, description="hypotheses kept; 1 is greedy search"
-    )
-    groups: int | None = Field(
-        default=None, ge=1, le=LARGEST_BEAM, description="groups that share the beam, apart"
-    )
-    diversity: float | None = _finite(0, 100, "how much the groups keep apart")
-    length_penalty: float | None = _finite(-10, 10, "above 0 favours long captions in beam search")
-    max_length: int | None = Field(
-        default=None, ge=1, le=LONGEST, description="longest caption in tokens"
-    )
-    min_length: int | None = Field(
-        default=None, ge=0, le=LONGEST, description="shortest caption in tokens"
-    )
-    temperature: float | None = _finite(
-        0, 10, "above 0 draws captions: low ones are safe, high ones varied"
-    )
-    top_k: int | None = Field(
-        default=None, ge=0, le=100_000, description="draw among so many most likely tokens"
-    )
-    top_p: float | None = _finite(0.001, 1, "draw among the tokens that hold this probability")
-    seed: int | None = Field(default=None, ge=0, le=2**53 - 1, description="of what is drawn")
-    repetition_penalty: float | None = _finite(
-        0.01, 100, "above 1 avoids tokens that were said before"
-    )
-    no_repeat_ngram: int | None = Field(
-        default=None, ge=0, le=LONGEST, description="no run of so many tokens twice"
-    )
     rerank: bool = Field(
         default=False, description="let a CLIP choose the caption that fits the image best"
     )
@@ -77,7 +65,7 @@ class Options(BaseModel):
         default=None,
         min_length=1,
         max_length=16,
-        description="with `rerank`: draw one caption at each of these",
+        description=OPTIONS["temperatures"][1].help,
     )
     attention: bool = Field(
         default=False, description="also say where the captioner looked for each word"
@@ -85,9 +73,7 @@ class Options(BaseModel):
 
     def decoding(self) -> dict[str, Any]:
         """Return what ``Captioner.caption`` takes as options."""
-        return self.model_dump(
-            exclude={"model", "rerank", "temperatures", "attention"}, exclude_none=True
-        )
+        return self.model_dump(exclude={"model", "rerank", "attention"}, exclude_none=True)
 
     def key(self) -> tuple[Any, ...]:
         """Return what requests have to agree in to be worked on together; a caption is the same

@@ -2,9 +2,8 @@
 batch is run."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,7 +23,6 @@ from capgen_utils.captioner import DEFAULT_BUNDLE, Captioner
 from capgen_utils.common.files import CapGenError
 from capgen_utils.decoding.captions import Caption
 from capgen_utils.decoding.options import check_decoding, describe, with_options
-from capgen_utils.decoding.rerank import temperatures_of
 from capgen_utils.evaluation.attention import MEAN, CaptionMaps, caption_maps
 from capgen_utils.vision.clip import CLIPS
 from capgen_utils.vision.grid import grid_side, seen_box
@@ -113,7 +111,7 @@ class Served:
             encoder=bundle.info["encoder"]["name"],
             attention=self.attention,
             rerank=self.rerank,
-            decoding=asdict(self.captioner.decoding),
+            decoding=self.captioner.decoding.to_json(),
         )
 
     def warm_up(self) -> None:
@@ -134,24 +132,12 @@ class Served:
             )
         if options.attention and not self.attention:
             raise _cannot(self.name, "no attention over the image", "ask without attention")
-        if options.temperatures is not None and not options.rerank:
-            raise Problem(
-                422, "impossible_options", "temperatures are for rerank", "ask for rerank too"
-            )
-        decoding: Any = options.decoding()
         try:
-            config = check_decoding(
-                with_options(self.captioner.decoding, **decoding), self.captioner.longest
-            )
-            drawn = temperatures_of(options.temperatures, decoding) if options.rerank else None
+            config = with_options(self.captioner.decoding, options.rerank, **options.decoding())
+            words = describe(check_decoding(config, self.captioner.longest))
         except CapGenError as error:
             raise Problem.impossible(error) from error
-        found = (
-            describe(config)
-            if drawn is None
-            else f"drawn at temperatures {', '.join(f'{t:g}' for t in drawn)}"
-        )
-        return f"{found}, chosen by CLIP" if options.rerank else found
+        return f"{words}, chosen by CLIP" if options.rerank else words
 
     def prepare(self, image: Image.Image, options: Options) -> Item:
         """Return an item for ``run``: an image that only the captioner's encoder sees is made small
@@ -171,13 +157,11 @@ class Served:
             return [self.run(options, [item])[0] for item in items]
 
     def _run(self, options: Options, items: Sequence[Item]) -> list[Answered]:
-        decoding: Any = options.decoding()
         captions = self.captioner.caption(
             [item.image for item in items],
             batch_size=len(items),
             rerank=options.rerank,
-            temperatures=options.temperatures,
-            **decoding,
+            **options.decoding(),
         )
         maps: list[CaptionMaps | None] = [None] * len(items)
         wanted = [i for i, item in enumerate(items) if item.attention and captions[i].text.strip()]

@@ -14,7 +14,6 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.common.paths import REPOSITORY, data_dir
 from capgen_utils.data.images import open_bytes, open_image
 from capgen_utils.decoding.captions import Caption
-from capgen_utils.decoding.options import DecodingOptions
 from capgen_utils.decoding.rerank import fit
 from capgen_utils.evaluation.attention import caption_maps, next_words
 from capgen_utils.show.widgets.parts import (
@@ -194,7 +193,7 @@ class Demo:
         elif was_fixed:
             self.fp32.value = False
 
-    def options(self) -> DecodingOptions:
+    def options(self) -> dict[str, Any]:
         """Return what is chosen, as ``Captioner.caption`` takes it."""
         if self.way.value == GREEDY:
             return {"beam": 1}

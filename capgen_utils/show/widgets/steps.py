@@ -1,14 +1,13 @@
 """Step through a caption: a slider over its words moves the map, with the probabilities of the next
 words beside it."""
 
-from typing import Any, Unpack
+from typing import Any
 
 import ipywidgets
 
 from capgen_utils.captioner import Captioner
 from capgen_utils.data.images import ImageLike, open_image
 from capgen_utils.decoding.captions import NextWord
-from capgen_utils.decoding.options import DecodingOptions
 from capgen_utils.evaluation.attention import MEAN, CaptionMaps, caption_maps, next_words
 from capgen_utils.show.plots.looks import attention_step, scale_top
 from capgen_utils.show.widgets.parts import WIDE, drawn, guarded, text_of
@@ -18,7 +17,7 @@ def step_through(
     captioner: Captioner,
     image: ImageLike,
     caption: str | None = None,
-    **options: Unpack[DecodingOptions],
+    **options: Any,
 ) -> ipywidgets.VBox:
     """Return a widget that walks through a caption word by word.
 

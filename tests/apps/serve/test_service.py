@@ -277,7 +277,7 @@ def test_empty_fields_are_not_given_and_every_option_is_declared(service: Pair) 
     ]
     assert set(content["schema"]["properties"]) == {"image", *Options.model_fields}
     assert content["schema"]["properties"]["beam"] == {
-        "description": "hypotheses kept; 1 is greedy search",
+        "description": "hypotheses kept per image; 1 is greedy search",
         "maximum": 16,
         "minimum": 1,
         "title": "Beam",
