@@ -55,18 +55,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"capgen {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_command(commands, "doctor", run_doctor, "Check this machine and explain what is missing.")
-    add_download(commands)
-    _add_pretrain(commands)
-    _add_train(commands)
-    add_evaluate(commands)
-    add_attention(commands)
-    add_score(commands)
-    add_leaderboard(commands)
-    add_caption(commands)
-    add_export(commands)
-    add_serve(commands)
-    add_info(commands)
-    add_course(commands)
+    for add in (
+        add_download,
+        _add_pretrain,
+        _add_train,
+        add_evaluate,
+        add_attention,
+        add_score,
+        add_leaderboard,
+        add_caption,
+        add_export,
+        add_serve,
+        add_info,
+        add_course,
+    ):
+        add(commands)
     completion = add_command(
         commands, "completion", run_completion, "Print a script that completes commands in a shell."
     )

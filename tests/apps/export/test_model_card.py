@@ -1,5 +1,4 @@
-"""A bundle as a folder for the hub: its card says what its files say, and nothing is sent without
-being asked."""
+"""A bundle for the hub: the card agrees with its files, and nothing is uploaded unasked."""
 
 import json
 from pathlib import Path
@@ -14,7 +13,7 @@ from capgen_utils.apps.cli.main import main
 from capgen_utils.apps.export import model_card
 from capgen_utils.apps.export.facts import bundle_facts
 from capgen_utils.captioner import DEFAULT_BUNDLE
-from capgen_utils.common import machine
+from capgen_utils.common import paths
 from capgen_utils.common.files import CapGenError
 
 
@@ -112,7 +111,7 @@ def test_a_damaged_bundle_has_no_card(tmp_path: Path) -> None:
         ("me/mine", {}, "no token"),
     ],
 )
-def test_what_cannot_be_pushed_is_said_before_anything_is_written(
+def test_an_impossible_push_is_refused_before_anything_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -175,7 +174,7 @@ def test_pushing_makes_a_private_model_or_says_why_not(
 
 
 def test_the_address_is_the_projects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    address = machine.repository_address()
+    address = paths.repository_address()
     assert address.startswith("https://github.com/")
-    monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
-    assert machine.repository_address() == address, "installed without the clone"
+    monkeypatch.setattr(paths, "REPOSITORY", tmp_path)
+    assert paths.repository_address() == address, "installed without the clone"
