@@ -15,38 +15,34 @@ from capgen_utils.training.shipped import LANGUAGE_MODEL, LOG, SHIPPED, WEIGHTS,
 
 
 def ship(preset: Preset, shipped: Path = SHIPPED) -> list[Path]:
-    """Write the finished runs of a preset small, each with its log, and the language model with the
-    one that reads it.
+    """Write the finished runs of a preset in 8 bits, with their logs and the language model.
 
     Returns:
-        What was written.
+        The folders written.
     """
     written = []
     for model in preset.models:
         run, target = run_of(preset, model), shipped / f"{preset.name}_{model}"
-        if (run / "checkpoint.safetensors").is_file():  # else it is what ships already
+        if (run / "checkpoint.safetensors").is_file():  # else it is a copy of the shipped one
             write_small(run / "bundle", target)
             copy_whole(run / LOG, target / LOG)
             if getattr(preset.recipe(model).config, "language_model", "") == MINI:
-                _ship_language_model(mini_folder(preset), target / LANGUAGE_MODEL)
+                ship_language_model(mini_folder(preset), target / LANGUAGE_MODEL)
             written.append(target)
     return written
 
 
-def _ship_language_model(folder: Path, target: Path) -> None:
-    """Write a language model with its log, rounded as the captioner is that began with it; the
-    library reads it."""
+def ship_language_model(folder: Path, target: Path) -> None:
+    """Write a language model with its log, rounded like the captioner that started from it."""
     copy_whole(folder, target)
-    weights = load_file(folder / WEIGHTS)
+    tensors = {name: rounded(tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
     with atomic_path(target / WEIGHTS) as temporary:
-        save_tensors(
-            temporary, {name: rounded(tensor) for name, tensor in weights.items()}, {"format": "pt"}
-        )
+        save_tensors(temporary, tensors, {"format": "pt"})
     copy_whole(run_folder(folder) / LOG, target / LOG)
 
 
 def main(names: Sequence[str] = ()) -> int:
-    """Write what ships for the named presets, by default for ``shapes``."""
+    """Write the shipped captioners of the named presets, by default of ``shapes``."""
     for name in names or ["shapes"]:
         for folder in ship(get_preset(name)):
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

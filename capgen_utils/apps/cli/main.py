@@ -55,18 +55,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"capgen {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_command(commands, "doctor", run_doctor, "Check this machine and explain what is missing.")
-    add_download(commands)
-    _add_pretrain(commands)
-    _add_train(commands)
-    _add_evaluate(commands)
-    _add_attention(commands)
-    _add_score(commands)
-    _add_leaderboard(commands)
-    add_caption(commands)
-    add_export(commands)
-    add_serve(commands)
-    add_info(commands)
-    add_course(commands)
+    for add in (
+        add_download,
+        _add_pretrain,
+        _add_train,
+        _add_evaluate,
+        _add_attention,
+        _add_score,
+        _add_leaderboard,
+        add_caption,
+        add_export,
+        add_serve,
+        add_info,
+        add_course,
+    ):
+        add(commands)
     completion = add_command(
         commands, "completion", run_completion, "Print a script that completes commands in a shell."
     )

@@ -1,5 +1,4 @@
-"""A bundle as a folder for the Hugging Face hub: its files, and a model card written from what they
-say."""
+"""A bundle as a folder for the Hugging Face hub: its files, and a model card made from them."""
 
 import os
 import re
@@ -8,37 +7,75 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capgen_utils.apps.export.facts import bundle_facts
+from capgen_utils.apps.export.facts import as_mapping, bundle_facts, encoder_source, pairs
 from capgen_utils.common.files import CapGenError, atomic_path
 from capgen_utils.common.paths import repository_address
 
-_NAME = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
-
-
-_LOG_IN = (
+LOG_IN = (
     "get a token (huggingface.co, Settings, Access Tokens), then: hf auth login, or set HF_TOKEN"
 )
+RESEARCH = ("flickr8k", "flickr30k", "coco")  # their images belong to others
+DRAWN = ("shapes", "many_shapes")
 
+TEMPLATE = """\
+{% macro table(rows) %}
+| | |
+|---|---|
+{% for key, value in rows.items() -%}
+| {{ key }} | {{ value }} |
+{% endfor %}
+{%- endmacro -%}
+---
+{{ card_data }}
+---
 
-_RESEARCH = ("flickr8k", "flickr30k", "coco")  # whose images belong to others
-_DRAWN = ("shapes", "many_shapes")
-_LIMITS = """\
-It says what was often true of its training images, fluently, and nothing in its voice tells a guess from a sight. Away
-from such images it is wrong more often than right. It repeats what people assumed in their captions, about gender and
-occupation for one. Do not use it where a wrong description can hurt: not to tell people apart, not to steer, not as the
-only description for someone who cannot see the image."""
+# {{ name }}
+
+An image captioner of {{ parameters }} parameters. It reads the output `{{ output }}` of the frozen
+image encoder `{{ encoder }}` ({{ source }}). Trained with [CapGen]({{ address }}), a course on
+image captioning.
+
+```python
+from capgen_utils import Captioner
+
+captioner = Captioner.from_bundle("FOLDER")  # where you downloaded this repository to
+print(captioner.caption("photo.jpg")[0].text)
+```
+
+## Architecture
+{{ table(architecture) }}
+## Training
+{{ table(training) }}
+## Scores
+{% if scores %}{{ table(scores) }}
+Protocol: {{ protocol }}. This split also chose the epoch, so the scores are slightly optimistic:
+publish those of the test split (`capgen evaluate`).
+{% else %}
+None are recorded in the bundle. `capgen evaluate` measures them, with intervals and baselines.
+{% endif %}
+## Limits
+
+The captions are fluent whether they are right or wrong, and on images unlike the training images
+they are mostly wrong. They repeat the assumptions of those who wrote the training captions, about
+gender and occupation for example. Do not use them where a wrong description can do harm: not to
+identify people, not to steer vehicles, not as the only description for someone who cannot see the
+image.
+
+## Licence
+
+{{ licence }}
+"""
 
 
 def export_hub(folder: Path, output: Path) -> dict[str, Any]:
-    """Write the bundle in ``folder``, checked, with its model card as ``README.md``, in one atomic
-    step.
+    """Write the bundle in ``folder``, checked, with a model card, in one atomic step.
 
     Args:
         folder: a bundle.
-        output: replaced when it exists; ``Captioner.from_bundle`` loads it is.
+        output: replaced if it exists; ``Captioner.from_bundle`` loads it.
 
     Returns:
-        The facts that the card was written from; see ``facts.bundle_facts``.
+        The facts of the card; see ``facts.bundle_facts``.
 
     Raises:
         CapGenError: the bundle is damaged, or the folder cannot be written.
@@ -55,167 +92,107 @@ def export_hub(folder: Path, output: Path) -> dict[str, Any]:
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """Return the card: metadata as the hub reads it, then what the model is, reads, learned from,
-    scores and cannot."""
-    name = (
-        f"CapGen {_plain(facts['model'])} ({_plain(facts['training']['dataset'] or 'own images')})"
-    )
-    sections = {
-        "": f"{_summary(facts)}\n\n{_usage()}",
-        "What it is": _table(_parts(facts)),
-        "What it learned from": _training(facts),
-        "Scores": _scores(facts),
-        "Limits": _LIMITS,
-        "Licence": _licence(facts),
-    }
-    body = "\n\n".join(
-        f"## {title}\n\n{text}" if title else text for title, text in sections.items()
-    )
-    return f"---\n{_metadata(facts, name)}\n---\n\n# {name}\n\n{body}\n"
+    """Return the card: metadata for the hub, then architecture, training, scores and limits."""
+    from huggingface_hub import ModelCard
 
-
-def _metadata(facts: Mapping[str, Any], name: str) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
-    training, scores = facts["training"], _dev_scores(facts)
-    drawn = training["dataset"] in _DRAWN
-    results = (
-        [
-            EvalResult(
-                task_type="image-to-text",
-                dataset_type=_line(training["dataset"]),
-                dataset_name=_line(training["dataset"]),
-                dataset_split="dev",
-                metric_type=metric.lower(),
-                metric_name=metric,
-                metric_value=round(value, 2),
-            )
-            for metric, value in scores.items()
-            if metric.startswith(("BLEU", "METEOR", "ROUGE", "CIDEr"))
-        ]
-        if training["dataset"]
-        else []
-    )
-    return ModelCardData(  # type: ignore[no-any-return]
-        language="en" if drawn or training["dataset"] in _RESEARCH else None,
-        license="mit" if drawn else "other",
-        license_name=None if drawn else "mit-code-data-of-others",
-        library_name="capgen-utils",
-        pipeline_tag="image-to-text",
-        tags=["image-captioning", facts["model"], _line(facts["encoder"]["name"])],
-        model_name=_line(name) if results else None,
-        eval_results=results or None,
-    ).to_yaml()
-
-
-def _summary(facts: Mapping[str, Any]) -> str:
-    encoder = facts["encoder"]
-    place = (
-        "in this folder"
-        if encoder["included"]
-        else "published: installed or fetched by name"
-        if encoder["public"]
-        else "not included"
-    )
-    return (
-        f"An image captioner of {facts['parameters']:,} parameters. It reads the output `{facts['feature']['output']}` "
-        f"of the frozen image encoder `{_plain(encoder['name'])}`, whose weights are {place}. Trained with "
-        f"[CapGen]({repository_address()}), a course on image captioning."
-    )
-
-
-def _usage() -> str:
-    return (
-        "```python\nfrom capgen_utils import Captioner\n\n"
-        'captioner = Captioner.from_bundle("FOLDER")  # where you downloaded this repository to\n'
-        'print(captioner.caption("photo.jpg")[0].text)\n```'
-    )
-
-
-def _parts(facts: Mapping[str, Any]) -> dict[str, str]:
-    encoder, vocabulary = facts["encoder"], facts["vocabulary"]
-    return {
+    encoder, vocabulary, training = facts["encoder"], facts["vocabulary"], facts["training"]
+    name = f"CapGen {facts['model']} ({training['dataset'] or 'own images'})"
+    run = as_mapping(training["run"])
+    architecture = {
         "model": facts["model"],
-        "hyperparameters": _pairs(facts["hyperparameters"]),
-        "encoder": f"{encoder['name']}, weights hash {encoder['weights_hash']}, run in {encoder['extraction_dtype']}",
-        "preprocessing": _pairs(encoder["preprocessing"]),
+        "hyperparameters": pairs(facts["hyperparameters"]),
+        "encoder": f"{encoder['name']}, weights hash {encoder['weights_hash']}, "
+        f"run in {encoder['extraction_dtype']}",
+        "preprocessing": pairs(encoder["preprocessing"]),
         "vocabulary": f"{vocabulary['tokens']:,} tokens ({vocabulary['kind']})",
-        "decoding": _pairs(facts["decoding"]),
-        "re-ranking": "by the CLIP in this folder"
-        if facts["scorer_included"]
-        else "no CLIP included",
+        "decoding": pairs(facts["decoding"]),
+        "re-ranking": f"{'by the' if facts['scorer_included'] else 'no'} CLIP in this folder",
     }
-
-
-def _training(facts: Mapping[str, Any]) -> str:
-    training = facts["training"]
-    run = training["run"] if isinstance(training["run"], dict) else {}
-    rows = {
+    history = {
         "dataset": training["dataset"],
         "preset": training["preset"],
-        "epochs, best one, minutes": ", ".join(
-            str(run[k]) for k in ("epochs", "best_epoch", "minutes") if k in run
-        ),
-        "recipe": _pairs(training["training"] if isinstance(training["training"], dict) else {}),
+        "run": pairs({key: run.get(key) for key in ("epochs", "best_epoch", "minutes")}),
+        "recipe": pairs(as_mapping(training["training"])),
         "code": training["revision"],
     }
-    return _table({key: value for key, value in rows.items() if value})
-
-
-def _dev_scores(facts: Mapping[str, Any]) -> dict[str, float]:
-    dev = facts["dev"] if isinstance(facts["dev"], dict) else {}
-    return {
-        _plain(key): value
-        for key, value in dev.items()
-        if isinstance(value, float) and str(key).isprintable()
-    }
-
-
-def _scores(facts: Mapping[str, Any]) -> str:
-    scores = _dev_scores(facts)
-    if not scores:
-        return "None are recorded in the bundle. `capgen evaluate` measures it, with intervals and floors beside it."
-    protocol = _plain(facts["dev"].get("protocol", "not recorded"))
-    return (
-        _table({metric: f"{value:.2f}" for metric, value in scores.items()})
-        + f"\n\nProtocol: {protocol}. The epoch was chosen by this split, so it flatters a little: figures to publish "
-        "come from the test split (`capgen evaluate`)."
+    scores = dev_scores(facts)
+    return str(
+        ModelCard.from_template(
+            metadata(facts, name),
+            template_str=TEMPLATE,
+            name=plain(name),
+            parameters=f"{facts['parameters']:,}",
+            output=facts["feature"]["output"],
+            encoder=plain(encoder["name"]),
+            source=encoder_source(facts),
+            address=repository_address(),
+            architecture={key: plain(value) for key, value in architecture.items()},
+            training={key: plain(value) for key, value in history.items() if value},
+            scores={plain(metric): f"{value:.2f}" for metric, value in scores.items()},
+            protocol=plain(as_mapping(facts["dev"]).get("protocol", "not recorded")),
+            licence=licence(training["dataset"]),
+        )
     )
 
 
-def _licence(facts: Mapping[str, Any]) -> str:
+def metadata(facts: Mapping[str, Any], name: str) -> Any:
+    """Return the metadata of the card, with the dev scores in the hub's format."""
+    from huggingface_hub import EvalResult, ModelCardData
+
     dataset = facts["training"]["dataset"]
-    if dataset in _DRAWN:
+    results = [
+        EvalResult(
+            task_type="image-to-text",
+            dataset_type=one_line(dataset),
+            dataset_name=one_line(dataset),
+            dataset_split="dev",
+            metric_type=metric.lower(),
+            metric_name=metric,
+            metric_value=round(value, 2),
+        )
+        for metric, value in dev_scores(facts).items()
+        if dataset and metric.startswith(("BLEU", "METEOR", "ROUGE", "CIDEr"))
+    ]
+    return ModelCardData(
+        language="en" if dataset in (*DRAWN, *RESEARCH) else None,
+        license="mit" if dataset in DRAWN else "other",
+        license_name=None if dataset in DRAWN else "mit-code-data-of-others",
+        library_name="capgen-utils",
+        pipeline_tag="image-to-text",
+        tags=["image-captioning", facts["model"], one_line(facts["encoder"]["name"])],
+        model_name=one_line(name) if results else None,
+        eval_results=results or None,
+    )
+
+
+def dev_scores(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Return the dev scores in the bundle."""
+    scores = as_mapping(facts["dev"]).items()
+    return {key: value for key, value in scores if isinstance(value, float) and key.isprintable()}
+
+
+def licence(dataset: Any) -> str:
+    """Return the licence of code and weights."""
+    if dataset in DRAWN:
         return "Code and weights: MIT. The training images were drawn by the package itself."
-    of_others = (
-        f"The training images and captions ({_plain(dataset)}) belong to others and are for non-commercial research "
-        "and teaching; use these weights accordingly."
-        if dataset in _RESEARCH
-        else "What may be done with the weights hangs on the images and captions that they learned from: say so here."
+    data = (
+        "The use of the weights depends on the images and captions of their training: explain it."
     )
-    return f"The code is MIT. {of_others} The encoder's weights come under their own licence."
+    if dataset in RESEARCH:
+        data = (
+            f"The training images and captions ({dataset}) belong to others and are for "
+            "non-commercial research and teaching; use these weights accordingly."
+        )
+    return f"The code is MIT. {data} The encoder's weights have their own licence."
 
 
-def _table(rows: Mapping[str, Any]) -> str:
-    return "\n".join(
-        [
-            "| | |",
-            "|---|---|",
-            *(f"| {_plain(key)} | {_plain(value)} |" for key, value in rows.items()),
-        ]
-    )
+def plain(value: Any) -> str:
+    """Return a value of a bundle, which may be hostile, without Markdown and line breaks."""
+    return re.sub(r"([|`<>\[\]\\])", r"\\\1", one_line(value))
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
-
-
-def _plain(value: Any) -> str:
-    """A bundle comes from anywhere: its words become neither markup nor a new line of the card."""
-    return re.sub(r"([|`<>\[\]\\])", r"\\\1", _line(value))
-
-
-def _line(value: Any) -> str:
+def one_line(value: Any) -> str:
+    """Return a value as printable text on one line."""
     return "".join(c if c.isprintable() else " " for c in str(value))[:1000]
 
 
@@ -223,30 +200,29 @@ def _line(value: Any) -> str:
 
 
 def require_pushable(name: str) -> None:
-    """Check what can be checked before anything is sent.
+    """Check everything that can be checked before anything is sent.
 
     Raises:
-        CapGenError: no such name is possible, there is no token, or the hub is switched off.
+        CapGenError: the name is invalid, there is no token, or the hub is switched off.
     """
     from huggingface_hub import get_token
 
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name):
         raise CapGenError(f"{name!r} is no name of a model on the hub", "name it OWNER/NAME")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise CapGenError("HF_HUB_OFFLINE forbids to ask the hub", "unset it")
+        raise CapGenError("HF_HUB_OFFLINE forbids access to the hub", "unset it")
     if not get_token():
-        raise CapGenError("there is no token of the Hugging Face hub on this machine", _LOG_IN)
+        raise CapGenError("there is no token of the Hugging Face hub on this machine", LOG_IN)
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload ``folder`` as the model ``name``, which is made where it does not exist, for its owner
-    alone to see.
+    """Upload ``folder`` as the model ``name``; a new model is private.
 
     Returns:
         Its address.
 
     Raises:
-        CapGenError: see ``require_pushable``; or the hub cannot be reached, or refuses.
+        CapGenError: see ``require_pushable``; or the hub cannot be reached or refuses the upload.
     """
     from huggingface_hub import HfApi
 
@@ -255,9 +231,9 @@ def push(folder: Path, name: str) -> str:
     try:
         address = api.create_repo(name, exist_ok=True, private=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a captioner")
-    except Exception as error:  # the client's errors come from several libraries
+    except Exception as error:  # the client raises errors of several libraries
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CapGenError(
-            f"the hub did not take {name}: {reason}", f"check name and network; {_LOG_IN}"
+            f"the hub did not take {name}: {reason}", f"check name and network; {LOG_IN}"
         ) from error
     return str(address)

@@ -1,7 +1,7 @@
-"""A captioner that needs no torch: ONNX Runtime runs its networks, numpy searches for the words.
+"""A captioner that needs no torch: ONNX Runtime runs its networks, numpy its beam search.
 
-The folder is what ``capgen export --format onnx`` wrote: ``config.json``, ``tokenizer.json`` and
-three graphs.
+``capgen export --format onnx`` writes its folder: ``config.json``, ``tokenizer.json`` and three
+graphs.
 """
 
 import os
@@ -24,31 +24,27 @@ from capgen_utils.vision.preprocessing import Preprocessing, preprocessing_from_
 
 VERSION = 1
 GRAPHS = ("encoder", "memory", "step")
-LARGEST = 2**31  # bytes of a graph: more than that no ONNX file can hold in itself
-
-
+LARGEST = 2**31  # bytes of a graph: the largest file that ONNX allows
 EXPORT_AGAIN = (
     "export the bundle again: capgen export --format onnx --bundle BUNDLE --output FOLDER"
 )
-
-
-_ELSEWHERE = b"\x0a\x08location"  # how a graph begins to name a file that it wants to read
+EXTERNAL_FILE = b"\x0a\x08location"  # marks the name of another file that a graph reads
 
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What ``config.json`` of an export says.
+    """The contents of ``config.json`` of an export.
 
     Attributes:
         model: name of the captioner.
         encoder: name of the image encoder.
         preprocessing: of images.
-        decoding: how captions are found unless asked otherwise.
-        longest: tokens that the captioner can say, its end token included.
-        vocabulary: V.
+        decoding: default decoding.
+        longest: longest caption in tokens, end token included.
+        vocabulary: number of tokens V.
         feature_shape: of one image's features.
-        memory_axis: the dimension of memory tensors that counts images.
-        check: for each graph the largest absolute difference from torch that was seen at export.
+        memory_axis: the batch dimension of memory tensors.
+        check: for each graph, the largest absolute difference from torch, measured at export.
     """
 
     model: str
@@ -69,7 +65,7 @@ class OnnxCaptioner:
     >>> captioner.caption("data/photos/cat_on_deck.jpg")[0].text  # doctest: +SKIP
     """
 
-    features_dtype = "float32"  # what its encoder computes in
+    features_dtype = "float32"  # of its encoder
 
     def __init__(
         self, info: ExportInfo, tokenizer: Tokenizer, sessions: Mapping[str, Any], folder: Path
@@ -87,13 +83,12 @@ class OnnxCaptioner:
         """Load an export.
 
         Args:
-            folder: what ``capgen export --format onnx`` wrote.
-            threads: of the processor; by default ``OMP_NUM_THREADS``, else as many as there are
-                cores.
+            folder: written by ``capgen export --format onnx``.
+            threads: CPU threads; by default ``OMP_NUM_THREADS``, else one per core.
 
         Raises:
             CapGenError: onnxruntime is not installed, or a file is missing, damaged, or does not
-                fit the others.
+                match the others.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -104,7 +99,7 @@ class OnnxCaptioner:
         info = read_info(raw, folder)
         tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json", EXPORT_AGAIN))
         if len(tokenizer) != info.vocabulary:
-            raise CapGenError(f"{folder}: tokenizer.json does not fit config.json", EXPORT_AGAIN)
+            raise CapGenError(f"{folder}: tokenizer.json does not match config.json", EXPORT_AGAIN)
         sessions = {
             name: open_graph(folder / f"{name}.onnx", raw["graphs"][name], threads)
             for name in GRAPHS
@@ -114,12 +109,12 @@ class OnnxCaptioner:
 
     @property
     def decoding(self) -> DecodingConfig:
-        """How captions are found unless asked otherwise."""
+        """Default decoding."""
         return self.info.decoding
 
     @property
     def longest(self) -> int:
-        """Tokens that a caption can have, its end token included."""
+        """Longest caption in tokens, end token included."""
         return self.info.longest
 
     def caption(
@@ -138,12 +133,15 @@ class OnnxCaptioner:
                 ``candidates``.
 
         Raises:
-            CapGenError: an image cannot be read, or an option that is not possible without torch.
+            CapGenError: an image cannot be read, or an option is not possible without torch.
         """
         many: Sequence[Any] = images if is_many(images) else [images]  # type: ignore[assignment]
-        decoding = self._decoding(options)
-        parts = (many[start : start + batch_size] for start in range(0, len(many), batch_size))
-        return [caption for part in parts for caption in self._caption_batch(part, decoding)]
+        decoding, captions = self._decoding(options), list[Caption]()
+        for start in range(0, len(many), batch_size):
+            batch = many[start : start + batch_size]
+            pixels = [self.info.preprocessing(open_image(image)) for image in batch]
+            captions += self._caption_pixels(pixels, decoding)
+        return captions
 
     def caption_each(
         self,
@@ -154,40 +152,34 @@ class OnnxCaptioner:
         temperatures: Any = None,
         **options: Unpack[DecodingOptions],
     ) -> Iterator[tuple[Path, Caption | CapGenError]]:
-        """Caption many files, yielding each with its caption or the error that its image caused."""
+        """Caption many files, yielding each with its caption or the error of its image."""
         if rerank or temperatures:
             raise CapGenError(
-                "an exported captioner has no CLIP to choose captions with",
-                "use the bundle instead",
+                "an exported captioner has no CLIP for re-ranking", "use the bundle instead"
             )
         decoding = self._decoding(options)
         for start in range(0, len(paths), batch_size):
-            part = [
-                (path, _pixels_or_error(self.info.preprocessing, path))
-                for path in paths[start : start + batch_size]
-            ]
-            good = [pixels for _, pixels in part if isinstance(pixels, np.ndarray)]
-            captions = iter(self._caption_pixels(np.stack(good), decoding) if good else ())
-            yield from (
-                (path, found if isinstance(found, CapGenError) else next(captions))
-                for path, found in part
-            )
+            batch = paths[start : start + batch_size]
+            pixels, errors = list[np.ndarray](), dict[Path, CapGenError]()
+            for path in batch:
+                try:
+                    pixels.append(self.info.preprocessing(open_image(path)))
+                except CapGenError as error:
+                    errors[path] = error
+            captions = iter(self._caption_pixels(pixels, decoding) if pixels else ())
+            yield from ((path, errors.get(path) or next(captions)) for path in batch)
 
     def _decoding(self, options: DecodingOptions) -> DecodingConfig:
         decoding = check_decoding(with_options(self.info.decoding, **options), self.info.longest)
         require_search(decoding)
         return decoding
 
-    def _caption_batch(self, images: Sequence[Any], decoding: DecodingConfig) -> list[Caption]:
-        return self._caption_pixels(
-            np.stack([self.info.preprocessing(open_image(i)) for i in images]), decoding
-        )
-
-    def _caption_pixels(self, pixels: np.ndarray, decoding: DecodingConfig) -> list[Caption]:
-        found = search(self.start(self.encode(pixels)), len(pixels), self.specials, decoding)
-        return [
-            caption_of(self.tokenizer, hypotheses, range(len(hypotheses))) for hypotheses in found
-        ]
+    def _caption_pixels(
+        self, pixels: Sequence[np.ndarray], decoding: DecodingConfig
+    ) -> list[Caption]:
+        state = self.start(self.encode(np.stack(pixels)))
+        images = search(state, len(pixels), self.specials, decoding)
+        return [caption_of(self.tokenizer, found, range(len(found))) for found in images]
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (B, size, size, 3), uint8 -> features (B, ...), rounded to float16 as a feature
@@ -198,7 +190,7 @@ class OnnxCaptioner:
         return features.astype(np.float16).astype(np.float32)
 
     def start(self, features: np.ndarray) -> "OnnxState":
-        """Features (B, ...) -> the state before the first token, one hypothesis an image."""
+        """Features (B, ...) -> the state before the first token, one hypothesis per image."""
         tensors = run(self.sessions["memory"], {"features": features})
         memory = {name: value for name, value in tensors.items() if name.startswith("memory")}
         cache = {name: value for name, value in tensors.items() if name.startswith("cache")}
@@ -209,15 +201,14 @@ class OnnxCaptioner:
 
 @dataclass
 class OnnxState:
-    """What decoding carries; see ``models.base.SharedState``. Here each hypothesis has a copy of
-    its image's memory.
+    """The state of decoding, see ``models.base.SharedState``; each hypothesis has its own memory.
 
     Attributes:
         session: the graph ``step``.
-        axis: the dimension of memory tensors that counts hypotheses.
+        axis: the batch dimension of memory tensors.
         memory: name -> tensor.
         cache: name -> tensor (layers, M, ...).
-        image: (M,), the image of each hypothesis.
+        image: (M,), index of each hypothesis' image.
     """
 
     session: Any
@@ -229,26 +220,18 @@ class OnnxState:
     def step(self, tokens: np.ndarray) -> tuple[np.ndarray, "OnnxState"]:
         """Read ``tokens`` (M,); logits (M, V), and the state after them."""
         values = {"tokens": tokens} | self.memory | self.cache
-        found = run(self.session, {one.name: values[one.name] for one in self.session.get_inputs()})
-        return found["logits"], replace(
-            self, cache={name: found[f"next_{name}"] for name in self.cache}
-        )
+        inputs = {node.name: values[node.name] for node in self.session.get_inputs()}
+        outputs = run(self.session, inputs)
+        cache = {name: outputs[f"next_{name}"] for name in self.cache}
+        return outputs["logits"], replace(self, cache=cache)
 
     def select(self, rows: np.ndarray) -> "OnnxState":
-        """Return the state of hypotheses ``rows``; memory is copied only where they belong to other
-        images."""
+        """Return the state of hypotheses ``rows``; memory is copied only if their images change."""
         cache = {name: value.take(rows, axis=1) for name, value in self.cache.items()}
         image, memory = self.image[rows], self.memory
         if not np.array_equal(image, self.image):
             memory = {name: value.take(rows, axis=self.axis) for name, value in memory.items()}
         return replace(self, memory=memory, cache=cache, image=image)
-
-
-def _pixels_or_error(preprocessing: Preprocessing, path: Path) -> np.ndarray | CapGenError:
-    try:
-        return preprocessing(open_image(path))
-    except CapGenError as error:
-        return error
 
 
 # --- files that may come from anywhere
@@ -258,14 +241,14 @@ def read_info(value: Any, folder: Path) -> ExportInfo:
     """Check ``config.json`` of an export.
 
     Raises:
-        CapGenError: another version, or values that are missing or not possible.
+        CapGenError: another version, or values that are missing or out of range.
     """
     version = (
         value.get("version") if isinstance(value, dict) and value.get("format") == "onnx" else None
     )
     if version != VERSION:
         raise CapGenError(
-            f"{folder} holds no captioner exported as ONNX, version {VERSION}", EXPORT_AGAIN
+            f"{folder} is not a captioner exported as ONNX, version {VERSION}", EXPORT_AGAIN
         )
     shape, graphs, check = value.get("feature_shape"), value.get("graphs"), value.get("check")
     possible = (
@@ -279,13 +262,15 @@ def read_info(value: Any, folder: Path) -> ExportInfo:
         and 1 <= len(shape) <= 3
         and all(_is_count(n, 10**5) for n in shape)
         and isinstance(graphs, dict)
-        and all(_describes_graph(graphs.get(name)) for name in GRAPHS)
+        and all(isinstance(graphs.get(name), dict) for name in GRAPHS)
+        and all(_is_count(graphs[name].get("bytes"), LARGEST) for name in GRAPHS)
+        and all(isinstance(graphs[name].get("sha256"), str) for name in GRAPHS)
         and isinstance(check, dict)
         and all(isinstance(n, float) for n in check.values())
         and isinstance(value.get("decoding"), dict)
     )
     if not possible:
-        raise CapGenError(f"{folder}/config.json holds values that are not possible", EXPORT_AGAIN)
+        raise CapGenError(f"{folder}/config.json holds values that are out of range", EXPORT_AGAIN)
     decoding = check_decoding(from_dict(DecodingConfig, value["decoding"]), value["longest"])
     return ExportInfo(
         value["model"],
@@ -304,14 +289,6 @@ def _is_count(value: Any, most: int) -> bool:
     return type(value) is int and 0 < value <= most
 
 
-def _describes_graph(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and _is_count(value.get("bytes"), LARGEST)
-        and isinstance(value.get("sha256"), str)
-    )
-
-
 def open_graph(path: Path, described: Mapping[str, Any], threads: int | None = None) -> Any:
     """Return an ``onnxruntime.InferenceSession``.
 
@@ -321,8 +298,8 @@ def open_graph(path: Path, described: Mapping[str, Any], threads: int | None = N
         threads: see ``OnnxCaptioner.from_folder``.
 
     Raises:
-        CapGenError: onnxruntime is not installed, or the file is missing, other than described,
-            wants to read other files, or is no graph.
+        CapGenError: onnxruntime is not installed, or the file is missing, changed, refers to other
+            files, or is not a graph.
     """
     try:
         import onnxruntime
@@ -335,8 +312,8 @@ def open_graph(path: Path, described: Mapping[str, Any], threads: int | None = N
     ):
         raise CapGenError(f"{path} is missing or damaged", EXPORT_AGAIN)
     content = path.read_bytes()
-    if _ELSEWHERE in content:
-        raise CapGenError(f"{path} wants to read other files", EXPORT_AGAIN)
+    if EXTERNAL_FILE in content:
+        raise CapGenError(f"{path} refers to other files", EXPORT_AGAIN)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
     options.log_severity_level = 3  # errors
@@ -344,19 +321,19 @@ def open_graph(path: Path, described: Mapping[str, Any], threads: int | None = N
         return onnxruntime.InferenceSession(
             content, options, providers=onnxruntime.get_available_providers()
         )
-    except Exception as error:  # the library has no common class for what can go wrong
+    except Exception as error:  # the library has no common class of errors
         raise CapGenError(
-            f"{path} is no graph that ONNX Runtime can run: {_brief(error)}", EXPORT_AGAIN
+            f"ONNX Runtime cannot load {path}: {_brief(error)}", EXPORT_AGAIN
         ) from error
 
 
 def run(session: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run a graph; returns its outputs by name.
+    """Run a graph and return its outputs by name.
 
     Raises:
-        CapGenError: it does not run on these inputs.
+        CapGenError: it fails on these inputs.
     """
-    names = [one.name for one in session.get_outputs()]
+    names = [node.name for node in session.get_outputs()]
     try:
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
     except Exception as error:
@@ -364,36 +341,36 @@ def run(session: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def check_graphs(sessions: Mapping[str, Any], info: ExportInfo, folder: Path) -> None:
-    """Compare names and sizes of the graphs' inputs and outputs with each other and with
-    ``config.json``.
+    """Compare inputs and outputs of the graphs with each other and with ``config.json``.
 
     Raises:
-        CapGenError: they do not fit together.
+        CapGenError: they do not match.
     """
     ins, outs = (
-        {n: _sizes(getattr(s, of)()) for n, s in sessions.items()}
-        for of in ("get_inputs", "get_outputs")
+        {
+            name: {
+                node.name: [n if isinstance(n, int) else None for n in node.shape]
+                for node in getattr(session, method)()
+            }
+            for name, session in sessions.items()
+        }
+        for method in ("get_inputs", "get_outputs")
     )
-    side = info.preprocessing.size
-    carried = set(outs["memory"])
-    fits = (
+    side, carried = info.preprocessing.size, set(outs["memory"])
+    grown = {f"next_{name}" for name in carried if name.startswith("cache_")}
+    match = (
         ins["encoder"] == {"pixels": [None, side, side, 3]}
         and list(outs["encoder"]) == ["features"]
         and ins["memory"] == {"features": [None, *info.feature_shape]}
         and all(name.startswith(("memory_", "cache_")) for name in carried)
         and {"tokens"} <= set(ins["step"]) <= {"tokens"} | carried
         and outs["step"].get("logits") == [None, info.vocabulary]
-        and set(outs["step"])
-        == {"logits"} | {f"next_{name}" for name in carried if name.startswith("cache_")}
+        and set(outs["step"]) == {"logits"} | grown
     )
-    if not fits:
+    if not match:
         raise CapGenError(
-            f"{folder}: the graphs do not fit each other or config.json", EXPORT_AGAIN
+            f"{folder}: the graphs do not match each other or config.json", EXPORT_AGAIN
         )
-
-
-def _sizes(values: Sequence[Any]) -> dict[str, list[int | None]]:
-    return {one.name: [n if isinstance(n, int) else None for n in one.shape] for one in values}
 
 
 def _brief(error: BaseException) -> str:

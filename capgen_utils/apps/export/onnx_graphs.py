@@ -1,9 +1,8 @@
-"""A captioner as ONNX graphs, which run without torch: ``onnx_captioner`` runs them.
+"""A captioner as ONNX graphs, which ``onnx_captioner`` runs without torch.
 
-There are three: ``encoder`` (pixels to features), ``memory`` (features to what is computed once for
-an image, and the state before the first word) and ``step`` (a token and the state, to scores of the
-next token and the state after it). What is traced are the captioner's own methods, so nothing of a
-captioner is written twice.
+There are three graphs: ``encoder`` (pixels to features), ``memory`` (features to memory and the
+state before the first token) and ``step`` (a token and a state to logits and the next state). They
+are traced from the captioner's own methods, so that no captioner is written twice.
 """
 
 import logging
@@ -27,17 +26,11 @@ from capgen_utils.models import CaptionModel
 from capgen_utils.models.base import KeyValues, Memory, SharedState
 from capgen_utils.vision.encoder import Encoder
 
-TOLERANCE = 1e-3  # of a graph's largest number; float32 on both sides differs by less than a hundredth of it
-INSTALL = "run: pip install -c constraints.txt onnx onnxscript onnxruntime (pip install 'capgen-utils[onnx]')"
+TOLERANCE = 1e-3  # of a graph's largest output; float32 rounding stays a hundred times below
+INSTALL = "run: pip install -c constraints.txt onnx onnxscript onnxruntime"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-_EXAMPLES = (
-    3  # images that graphs are traced and checked with; sizes 0 and 1 would be taken for constants
-)
-
-
-_WORDS = 4  # tokens in the cache that ``step`` is traced with
+_EXAMPLES = 3  # images for tracing and checking; sizes 0 and 1 would become constants
+_WORDS = 4  # tokens in the cache when ``step`` is traced
 
 
 def export_onnx(
@@ -48,15 +41,14 @@ def export_onnx(
     Args:
         folder: a bundle.
         output: folder of the graphs; replaced when it exists.
-        encoder_weights: a local weights file of the encoder, where its own cannot be downloaded.
+        encoder_weights: a local weights file of the encoder, if it cannot be downloaded.
 
     Returns:
-        For each graph the largest absolute difference between ONNX Runtime and torch on the same
-        inputs.
+        For each graph, the largest absolute difference between ONNX Runtime and torch.
 
     Raises:
-        CapGenError: a package is missing, the bundle cannot be loaded, or a graph cannot be made or
-            computes something else.
+        CapGenError: a package is missing, the bundle cannot be loaded, or a graph cannot be traced
+            or computes something else.
     """
     missing = [name for name in _PACKAGES if util.find_spec(name) is None]
     if missing:
@@ -65,17 +57,17 @@ def export_onnx(
     encoder = bundle.build_encoder(encoder_weights)
     with atomic_path(output) as temporary, torch.inference_mode(False), torch.no_grad():
         temporary.mkdir()
-        _write_graphs(temporary, bundle.model, encoder)
+        write_graphs(temporary, bundle.model, encoder)
         write_json(temporary / "tokenizer.json", bundle.tokenizer.to_json())
-        described = _describe(temporary, bundle, encoder)
+        described = describe_export(temporary, bundle, encoder)
         write_json(temporary / "config.json", described | {"check": {}})
         check = compare(OnnxCaptioner.from_folder(temporary), bundle.model, encoder)
         write_json(temporary / "config.json", described | {"check": check})
     return check
 
 
-def _describe(folder: Path, bundle: Bundle, encoder: Encoder) -> dict[str, Any]:
-    """Return what ``config.json`` says, all but the check."""
+def describe_export(folder: Path, bundle: Bundle, encoder: Encoder) -> dict[str, Any]:
+    """Return the contents of ``config.json``, without the check."""
     memory = bundle.model.encode(torch.zeros(1, *encoder.outputs[bundle.model.feature]))
     graphs = {name: folder / f"{name}.onnx" for name in GRAPHS}
     return {
@@ -114,38 +106,33 @@ class EncoderGraph(nn.Module):
 
 
 class MemoryGraph(nn.Module):
-    """Features (B, ...) -> the tensors of the memory, then those of the state before the first
-    token."""
+    """Features (B, ...) -> the tensors of the memory, then those of the first state."""
 
     def __init__(self, model: CaptionModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Encode, and start."""
+        """Encode and start."""
         memory = self.model.encode(features)
         state: Any = self.model.start(memory)
-        cache = [tensor for part in state.cache for tensor in _cache_tensors(part)]
+        cache: list[Tensor] = []
+        for part in state.cache:
+            if isinstance(part, KeyValues):  # keys and values (layers, M, heads, 0, width)
+                rows, _, _, heads, width = part.blocks[0].shape
+                shape = (len(part.blocks), rows, heads, part.length, width)
+                cache += [part.blocks[0].new_zeros(shape)] * 2
+            else:
+                cache.append(part)
         return *memory.tensors().values(), *(tensor.clone() for tensor in cache)
 
 
-def _cache_tensors(part: Any) -> Sequence[Tensor]:
-    """Return a part of a state's cache as tensors; empty keys and values as (layers, M, heads, 0,
-    width)."""
-    if not isinstance(part, KeyValues):
-        return [part]
-    rows, _, _, heads, width = part.blocks[0].shape
-    empty = part.blocks[0].new_zeros(len(part.blocks), rows, heads, part.length, width)
-    return [empty, empty]
-
-
 class StepGraph(nn.Module):
-    """A token, the memory and the cache of each hypothesis -> logits (M, V), and the cache after
-    the token.
+    """Tokens (M,), memory and cache of M hypotheses -> logits (M, V) and the next cache.
 
     Args:
         model: the captioner.
-        state: one of its states; says which parts of the cache are keys and values.
+        state: one of its states, which shows the parts of the cache that are keys and values.
     """
 
     def __init__(self, model: CaptionModel, state: SharedState) -> None:
@@ -156,14 +143,14 @@ class StepGraph(nn.Module):
     def forward(
         self, tokens: Tensor, memory: Sequence[Tensor], cache: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Read one token for each of M hypotheses, each of which has its own row of the memory."""
+        """Read one token for each hypothesis, which has its own row of the memory."""
         rest = iter(cache)
         parts = tuple(
             GrowingKeyValues(next(rest), next(rest)) if grows else next(rest)
             for grows in self.grows
         )
-        own: Memory = self.kind(**dict(zip(self.names, memory, strict=True)))
-        state = SharedState(own, torch.arange(tokens.shape[0]), parts)
+        rows: Memory = self.kind(**dict(zip(self.names, memory, strict=True)))
+        state = SharedState(rows, torch.arange(tokens.shape[0]), parts)
         state.grouping = OwnRows()  # type: ignore[assignment]
         logits, after, _ = self.model.step(tokens, state)
         grown = [
@@ -173,8 +160,7 @@ class StepGraph(nn.Module):
 
 
 class GrowingKeyValues:
-    """``KeyValues`` for a graph: nothing is written in place, and any number of earlier tokens will
-    do.
+    """``KeyValues`` for a graph: not written in place, for any number of earlier tokens.
 
     Args:
         keys, values: (layers, M, heads, T, width).
@@ -198,17 +184,17 @@ class GrowingKeyValues:
         return self.grown[-1]
 
     def at_first(self, first: Tensor, later: Tensor) -> Tensor:
-        """As ``KeyValues.at_first``, decided by the graph."""
+        """As ``KeyValues.at_first``, decided at run time."""
         return torch.where(torch.full((), self.keys.shape[3]) == 0, first, later)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of all layers, with the newest token's."""
+        """Return keys and values of all layers, including the new token."""
         keys, values = zip(*self.grown, strict=True)
         return torch.stack(keys), torch.stack(values)
 
 
 class OwnRows:
-    """``Grouping`` for captions that have an image each."""
+    """``Grouping`` for one caption per image."""
 
     def gather(self, rows: Tensor) -> Tensor:
         """(M, ...) -> (M, 1, ...)."""
@@ -222,89 +208,75 @@ class OwnRows:
 # --- tracing
 
 
-def _write_graphs(folder: Path, model: CaptionModel, encoder: Encoder) -> None:
-    batch, size = torch.export.Dim("batch"), encoder.preprocessing.size
+def write_graphs(folder: Path, model: CaptionModel, encoder: Encoder) -> None:
+    """Trace the three graphs and write them."""
+    batch, rows = torch.export.Dim("batch"), torch.export.Dim("rows")
+    words = torch.export.Dim("words", max=longest_caption(model))
+    size = encoder.preprocessing.size
     pixels = torch.zeros(_EXAMPLES, size, size, 3, dtype=torch.uint8)
+    graph: nn.Module = EncoderGraph(encoder, model.feature)
+    write_graph(folder / "encoder.onnx", graph, (pixels,), ({0: batch},), ["pixels"], ["features"])
     features = torch.zeros(_EXAMPLES, *encoder.outputs[model.feature])
-    _write(
-        folder,
-        "encoder",
-        EncoderGraph(encoder, model.feature),
-        (pixels,),
-        ({0: batch},),
-        ["pixels"],
-        ["features"],
-    )
     memory = model.encode(features)
-    state: Any = model.start(memory)
     names = [f"memory_{name}" for name in memory.tensors()]
-    first = MemoryGraph(model)(features)[len(names) :]
+    graph = MemoryGraph(model)
+    first = graph(features)[len(names) :]
     caches = [f"cache_{i}" for i in range(len(first))]
-    _write(
-        folder,
-        "memory",
-        MemoryGraph(model),
-        (features,),
-        ({0: batch},),
-        ["features"],
-        names + caches,
-    )
-    rows, words = torch.export.Dim("rows"), torch.export.Dim("words", max=longest_caption(model))
-    # A cache that grows is empty at first, and traced with some words in it.
-    grown = tuple(
-        c.new_zeros(*c.shape[:3], _WORDS, c.shape[4]) if c.ndim == 5 else c for c in first
-    )
+    outputs = names + caches
+    write_graph(folder / "memory.onnx", graph, (features,), ({0: batch},), ["features"], outputs)
+    # A growing cache (layers, M, heads, T, width) starts empty: trace it with words in it.
+    grown = [c.new_zeros(*c.shape[:3], _WORDS, c.shape[4]) if c.ndim == 5 else c for c in first]
     sizes = tuple({1: rows, 3: words} if c.ndim == 5 else {1: rows} for c in first)
-    inputs = (torch.zeros(_EXAMPLES, dtype=torch.int64), tuple(memory.tensors().values()), grown)
-    dynamic = ({0: rows}, tuple({memory.axis: rows} for _ in names), sizes)
-    outputs = ["logits", *(f"next_{name}" for name in caches)]
-    _write(
-        folder,
-        "step",
-        StepGraph(model, state),
-        inputs,
-        dynamic,
+    tokens = torch.zeros(_EXAMPLES, dtype=torch.int64)
+    write_graph(
+        folder / "step.onnx",
+        StepGraph(model, model.start(memory)),
+        (tokens, tuple(memory.tensors().values()), tuple(grown)),
+        ({0: rows}, tuple({memory.axis: rows} for _ in names), sizes),
         ["tokens", *names, *caches],
-        outputs,
+        ["logits", *(f"next_{name}" for name in caches)],
     )
 
 
-def _write(
-    folder: Path,
-    name: str,
+def write_graph(
+    path: Path,
     graph: nn.Module,
     inputs: Any,
     dynamic: Any,
-    ins: Sequence[str],
-    outs: Sequence[str],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
 ) -> None:
-    """Trace ``graph`` on ``inputs``, whose sizes named in ``dynamic`` may change, and write it."""
-    path = folder / f"{name}.onnx"
+    """Trace ``graph`` on ``inputs``, with the dimensions in ``dynamic`` left open, and write it.
+
+    Raises:
+        CapGenError: it cannot be traced, or is too large.
+    """
     try:
         with _quiet():
             program = torch.export.export(
                 graph.eval(), inputs, dynamic_shapes=dynamic, strict=False
             )
-            options: Any = {"dynamo": True, "verbose": False, "external_data": False}
-            made: Any = torch.onnx.export(
-                program, input_names=list(ins), output_names=list(outs), **options
+            exported: Any = torch.onnx.export(
+                program,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                dynamo=True,
+                verbose=False,
+                external_data=False,
             )
-            made.save(path, external_data=False)
+            exported.save(path, external_data=False)
     except Exception as error:  # exporters raise many kinds
         reason = " ".join(str(error).split())[:300]
-        raise CapGenError(
-            f"the {name} cannot be written as an ONNX graph: {reason}", INSTALL
-        ) from error
+        raise CapGenError(f"cannot write the ONNX graph {path.stem}: {reason}", INSTALL) from error
     if path.stat().st_size > LARGEST:
         raise CapGenError(
-            f"the {name} is too large for one ONNX file", "export a smaller captioner"
+            f"the {path.stem} is too large for one ONNX file", "export a smaller captioner"
         )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes for its own developers off the screen: what is wrong becomes an
-    error."""
+    """Silence the exporter's notes for its own developers; failures raise errors anyway."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -322,41 +294,37 @@ def _quiet() -> Iterator[None]:
 
 
 def compare(exported: OnnxCaptioner, model: CaptionModel, encoder: Encoder) -> dict[str, float]:
-    """Run graphs and captioner on the same noise and compare: pixels to features, to memory, and a
-    few words.
+    """Compare graphs and captioner on the same noise: features, memory, and a few tokens.
 
     Returns:
-        For each graph the largest absolute difference.
+        For each graph, the largest absolute difference.
 
     Raises:
-        CapGenError: one differs by more than ``TOLERANCE`` of its largest number.
+        CapGenError: one differs by more than ``TOLERANCE`` of its largest output.
     """
     random, size = np.random.default_rng(0), encoder.preprocessing.size
-    found: dict[str, list[tuple[Any, Any]]] = {name: [] for name in GRAPHS}
+    pairs: dict[str, list[tuple[np.ndarray, Tensor]]] = {name: [] for name in GRAPHS}
     for images in (_EXAMPLES, 1):
         pixels = random.integers(0, 256, (images, size, size, 3), dtype=np.uint8)
         features = encoder(torch.from_numpy(pixels))[model.feature].float()
-        found["encoder"].append((exported.encode(pixels), features.half().float()))
+        pairs["encoder"].append((exported.encode(pixels), features.half().float()))
         memory = model.encode(features)
         state: Any = model.start(memory)
-        own = exported.start(features.numpy())
-        found["memory"] += [
-            (own.memory[f"memory_{name}"], value) for name, value in memory.tensors().items()
-        ]
+        copy = exported.start(features.numpy())
+        pairs["memory"] += [(copy.memory[f"memory_{n}"], t) for n, t in memory.tensors().items()]
         tokens = torch.full((images,), exported.specials.start)
         for _ in range(min(6, longest_caption(model))):
             logits, state, _ = model.step(tokens, state)
-            scores, own = own.step(tokens.numpy())
-            found["step"].append((scores, logits))
+            scores, copy = copy.step(tokens.numpy())
+            pairs["step"].append((scores, logits))
             tokens = logits.argmax(-1)
-    return {name: _largest_difference(name, pairs) for name, pairs in found.items()}
-
-
-def _largest_difference(name: str, pairs: Sequence[tuple[np.ndarray, Tensor]]) -> float:
-    differences = [float(np.abs(own - other.numpy()).max()) for own, other in pairs]
-    scale = max(float(other.abs().max()) for _, other in pairs)
-    if not max(differences) <= TOLERANCE * max(scale, 1.0):
-        raise CapGenError(
-            f"the exported {name} differs from torch's by {max(differences):.2g}", INSTALL
-        )
-    return max(differences)
+    largest = {}
+    for name in GRAPHS:
+        differences = [float(np.abs(ours - theirs.numpy()).max()) for ours, theirs in pairs[name]]
+        scale = max(float(theirs.abs().max()) for _, theirs in pairs[name])
+        largest[name] = max(differences)
+        if not largest[name] <= TOLERANCE * max(scale, 1.0):  # also true for NaN
+            raise CapGenError(
+                f"the exported {name} differs from torch's by {largest[name]:.2g}", INSTALL
+            )
+    return largest

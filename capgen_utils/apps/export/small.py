@@ -7,17 +7,15 @@ import torch
 from capgen_utils.bundle import load_bundle, save_bundle
 from capgen_utils.common.tensors import round_to_bytes
 
-# --- for maintainers
-
 
 def write_small(folder: Path, output: Path) -> None:
-    """Write a bundle with 8 bits for each weight of its matrices: about half of its size.
+    """Write a bundle with 8 bits for each weight of its matrices, about half its size.
 
-    An encoder or a CLIP of its own is rounded too.
+    An encoder or CLIP inside the bundle is rounded too.
 
     Args:
         folder: a bundle.
-        output: replaced when it exists.
+        output: replaced if it exists.
 
     Raises:
         CapGenError: the bundle is damaged, or ``output`` cannot be written.
@@ -28,9 +26,9 @@ def write_small(folder: Path, output: Path) -> None:
         encoder = scorer.images
     if scorer is not None and scorer.source is None:
         round_to_bytes(scorer.clip)
-    for own in (encoder, encoder.stem):
-        if own is not None and not own.public:
-            round_to_bytes(own.trunk)
+    for each in (encoder, encoder.stem):
+        if each is not None and not each.public:
+            round_to_bytes(each.trunk)
     round_to_bytes(bundle.model)
     bundle.info["encoder"] = encoder.describe()
     save_bundle(output, bundle, encoder, torch.float32, scorer)

@@ -1,2 +1,1 @@
-"""A web service around captioners: uploads in, captions out; see ``app.create_app`` and ``capgen
-serve``."""
+"""A web service around captioners: uploads in, captions out (``capgen serve``)."""

@@ -1,16 +1,18 @@
-"""The routes: captions, models, health, metrics, and the page."""
+"""The routes of the service: captions, models, health, metrics, and the page."""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -18,25 +20,27 @@ from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 
 from capgen_utils.apps.serve.observing import Observer
-from capgen_utils.apps.serve.problems import Problem, phrase
+from capgen_utils.apps.serve.problems import Problem
 from capgen_utils.apps.serve.protection import LOG, Budget, Gate, Limits, Protection, Shield
-from capgen_utils.apps.serve.queueing import Batcher, Done
+from capgen_utils.apps.serve.queueing import Batcher
 from capgen_utils.apps.serve.schemas import (
-    CAPTIONS,
+    CAPTIONS_TEXT,
     Captions,
     Models,
     Options,
     Status,
     Timing,
-    describe_api,
+    caption_request,
+    problems,
 )
 from capgen_utils.apps.serve.served import Item, Served, caption_out
 from capgen_utils.apps.serve.uploads import Form, open_upload, read_form, too_large
+from capgen_utils.common.files import CapGenError
 from capgen_utils.common.machine import VERSION
 
 PAGE = Path(__file__).resolve().parent / "page"
-DECODERS = 2  # images that are decoded at once: each may take hundreds of megabytes for a moment
-LEFT = 499  # nobody reads this answer; the number is what web servers log for it
+DECODERS = 2  # images decoded at once: each may take hundreds of megabytes for a moment
+LEFT = 499  # what web servers log for a client that disconnected
 
 
 class Service:
@@ -53,7 +57,11 @@ class Service:
         self.ready, self.failed = False, False
         self.observer = Observer(lambda: self.batcher.waiting)
         self.batcher = Batcher(
-            self._run, limits.queue, limits.batch, limits.window, self.observer.ran
+            lambda key, pairs: self.captioners[key[0]].run(pairs[0][0], [i for _, i in pairs]),
+            limits.queue,
+            limits.batch,
+            limits.window,
+            self.observer.ran,
         )
         self._decoders = ThreadPoolExecutor(DECODERS, "capgen-decode")
         self._requests = Budget(limits.requests, "requests")
@@ -61,7 +69,7 @@ class Service:
         self._pixels = Budget(limits.pixel_bytes, "bytes of images")
 
     async def warm_up(self) -> None:
-        """Caption something with every captioner, then be ready."""
+        """Caption an image with every captioner, then be ready."""
         try:
             for served in self.captioners.values():
                 await self.batcher.call(served.warm_up)
@@ -71,7 +79,7 @@ class Service:
             LOG.error("the captioners cannot caption: %s: %s", type(error).__name__, error)
 
     async def close(self) -> None:
-        """Finish what was accepted."""
+        """Finish all accepted requests."""
         self.ready = False
         await self.batcher.close()
         self._decoders.shutdown(wait=True)
@@ -81,108 +89,84 @@ class Service:
 
         Raises:
             Problem: it cannot be answered.
-            ClientDisconnect: nobody waits for it any more.
+            ClientDisconnect: the client disconnected.
         """
         if not self.ready:
-            raise Problem.busy(
-                "the service is still starting, or shutting down", "not_ready", seconds=2
-            )
-        started, code = time.monotonic(), "upload_too_slow"
+            raise Problem.busy("the service is starting or shutting down", "not_ready", seconds=2)
+        started, within = time.monotonic(), f"within {self.limits.seconds:g} s"
+        late = Problem(
+            408, "upload_too_slow", f"the body did not arrive {within}", "send smaller images"
+        )
         try:
             async with asyncio.timeout(self.limits.seconds):
                 with self._requests.hold(1):
-                    with self._uploads.hold() as hold:
-                        form = await self._read(request, hold)
-                        code = "deadline"
-                        work = self._open(form)
-                        options, served, items = await until_left(request, work)
-                    return await until_left(request, self._answer(options, served, items, started))
+                    with self._uploads.hold() as take:
+                        form = await self._read(request, take)
+                        late = Problem(
+                            504,
+                            "deadline",
+                            f"there was no caption {within}",
+                            "ask for less at once",
+                        )
+                        opened = await until_left(request, self._open(form))
+                    return await until_left(request, self._answer(*opened, started))
         except TimeoutError as error:
-            raise self._too_late(code) from error
+            raise late from error
 
-    def _too_late(self, code: str) -> Problem:
-        if code == "deadline":
-            return Problem(
-                504,
-                code,
-                f"there was no caption within {self.limits.seconds:g} s",
-                "ask for less at once",
-            )
-        return Problem(
-            408,
-            code,
-            f"the body did not arrive within {self.limits.seconds:g} s",
-            "send smaller images",
+    async def _read(self, request: Request, take: Callable[[int], None]) -> Form:
+        length, kind, encoding = (
+            request.headers.get(f"content-{name}", "") for name in ("length", "type", "encoding")
         )
-
-    async def _read(self, request: Request, hold: Any) -> Form:
-        announced = request.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced[:20]) > self.limits.body_bytes:
+        if length.isdecimal() and int(length[:20]) > self.limits.body_bytes:
             raise too_large(self.limits)
-        kind, encoding = (
-            request.headers.get(name, "") for name in ("content-type", "content-encoding")
-        )
-        return await read_form(request.stream(), kind, encoding, self.limits, hold)
+        return await read_form(request.stream(), kind, encoding, self.limits, take)
 
-    async def _open(self, form: Form) -> tuple[Options, Served, list[Item]]:
+    async def _open(self, form: Form) -> tuple[Options, Served, str, list[Item]]:
+        """Return options, captioner, its decoding in words, and the images of a request."""
         options = read_options(form)
         served = self.captioners.get(options.model or self.default)
         if served is None:
+            problem = f"there is no captioner {options.model!r}"
             known = ", ".join(self.captioners)
-            raise Problem(
-                422,
-                "unknown_model",
-                f"there is no captioner {options.model!r}",
-                f"choose one of: {known}",
-            )
-        served.check(options)
-        loop, items = asyncio.get_running_loop(), []
-        for place in range(len(form.images)):
-            items.append(
-                await loop.run_in_executor(
-                    self._decoders, self._open_one, form, place, served, options
-                )
-            )
-        return options, served, items
+            raise Problem(422, "unknown_model", problem, f"choose one of: {known}")
+        try:
+            decoding = served.check(options)
+        except CapGenError as error:
+            raise Problem(422, "impossible_options", error.problem, error.remedy) from error
 
-    def _open_one(self, form: Form, place: int, served: Served, options: Options) -> Item:
-        image = open_upload(form.images[place], place, self.limits)
-        form.images[place] = bytearray()  # the file is not needed any more
-        return served.prepare(image, options)
+        def open_one(index: int) -> Item:
+            image = open_upload(form.images[index], index, self.limits)
+            form.images[index] = bytearray()  # frees the file
+            return served.prepare(image, options)
+
+        run = asyncio.get_running_loop().run_in_executor
+        items = [await run(self._decoders, open_one, i) for i in range(len(form.images))]
+        return options, served, decoding, items
 
     async def _answer(
-        self, options: Options, served: Served, items: list[Item], started: float
+        self, options: Options, served: Served, decoding: str, items: list[Item], started: float
     ) -> Captions:
         read = time.monotonic() - started
         with self._pixels.hold(sum(item.whole_bytes for item in items)):
             done = await self.batcher.submit(
                 (served.name, options.key()), [(options, item) for item in items]
             )
+        timing = Timing(
+            total_ms=round((time.monotonic() - started) * 1000, 1),
+            read_ms=round(read * 1000, 1),
+            queue_ms=round(max(each.waited for each in done) * 1000, 1),
+            model_ms=round(max(each.seconds for each in done) * 1000, 1),
+            batch=max(each.batch for each in done),
+        )
         captions = [
             caption_out(i, item, each.result)
             for i, (item, each) in enumerate(zip(items, done, strict=True))
         ]
-        timing = _timing(time.monotonic() - started, read, done)
-        return Captions(
-            model=served.name, decoding=served.check(options), captions=captions, timing=timing
-        )
-
-    def _run(self, key: tuple[str, Any], pairs: Sequence[tuple[Options, Item]]) -> Sequence[Any]:
-        return self.captioners[key[0]].run(pairs[0][0], [item for _, item in pairs])
-
-
-def _timing(total: float, read: float, done: Sequence[Done]) -> Timing:
-    return Timing(
-        total_ms=round(total * 1000, 1),
-        read_ms=round(read * 1000, 1),
-        queue_ms=round(max(each.waited for each in done) * 1000, 1),
-        model_ms=round(max(each.seconds for each in done) * 1000, 1),
-        batch=max(each.batch for each in done),
-    )
+        return Captions(model=served.name, decoding=decoding, captions=captions, timing=timing)
 
 
 def read_options(form: Form) -> Options:
-    """Return the options that a form holds.
+    """Return the options in a form.
 
     Raises:
         Problem: 422, with every field that is wrong.
@@ -201,12 +185,17 @@ def read_options(form: Form) -> Options:
 
 
 async def until_left(request: Request, work: Awaitable[Any]) -> Any:
-    """Return what ``work`` returns; cancel it when the client goes away first.
+    """Return the result of ``work``; cancel it if the client disconnects first.
 
     Raises:
         ClientDisconnect: it did.
     """
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(left())
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -218,46 +207,47 @@ async def until_left(request: Request, work: Awaitable[Any]) -> Any:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 # --- the application
 
 
 def create_app(
     captioners: Sequence[Served], limits: Limits | None = None, protection: Protection | None = None
 ) -> FastAPI:
-    """Return the service as an ASGI application; ``app.state.service`` is the ``Service`` behind
-    it.
+    """Return the service as an ASGI application; ``app.state.service`` is its ``Service``.
 
     Args:
         captioners: loaded, the default one first; their names differ.
         limits: of requests.
-        protection: whom it answers.
+        protection: which clients it answers.
 
     Raises:
-        CapGenError: the rate limit cannot be understood.
+        CapGenError: the rate limit is malformed.
     """
     protection = protection or Protection()
     service = Service(captioners, limits or Limits())
-    logging.getLogger("python_multipart").setLevel(
-        logging.CRITICAL
-    )  # it would quote bytes of bodies
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it would quote bodies
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.batcher.start()
+        warming = asyncio.create_task(service.warm_up())
+        yield
+        await warming
+        await service.close()
+
     app = FastAPI(
         title="CapGen",
         version=VERSION,
         summary="Captions for photographs.",
         docs_url=None,
         redoc_url=None,
-        lifespan=_lifespan,
-        exception_handlers={Problem: _problem, HTTPException: _http, ClientDisconnect: _gone},
+        lifespan=lifespan,
+        exception_handlers=dict.fromkeys((Problem, HTTPException, ClientDisconnect), answer_error),
         redirect_slashes=False,
     )
     app.state.service = service
-    _add_routes(app, service)
-    describe_api(app, protection.api_key is not None)
+    app.include_router(guarded_routes(service, protection.api_key is not None))
+    app.include_router(open_routes(service))
     app.mount("/page", StaticFiles(directory=PAGE))
     app.add_middleware(Gate, protection=protection)
     if protection.cors:
@@ -272,78 +262,77 @@ def create_app(
     return app
 
 
-@asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    service: Service = app.state.service
-    service.batcher.start()
-    warming = asyncio.create_task(service.warm_up())
-    yield
-    await warming
-    await service.close()
-
-
-def _add_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
-
-    @app.post(
-        "/v1/captions",
-        response_model=Captions,
-        tags=["captions"],
-        summary="Caption images",
-        **CAPTIONS,
-    )
-    async def captions(request: Request) -> Captions:
-        return await service.caption(request)
-
-    @app.get("/v1/models", response_model=Models, tags=["captions"], summary="List the captioners")
-    async def models() -> Models:
-        listed = [
-            served.describe(name == service.default) for name, served in service.captioners.items()
-        ]
-        of = service.limits
-        bounds = {
-            "body_bytes": of.body_bytes,
-            "images": of.images,
-            "pixels": of.pixels,
-            "seconds": of.seconds,
-        }
-        return Models(models=listed, limits=bounds)
-
-    @app.get("/healthz", response_model=Status, tags=["health"], summary="Is the process alive?")
-    async def healthz() -> Status:
-        return Status(status="ok")
-
-    @app.get("/readyz", response_model=Status, tags=["health"], summary="Can it caption?")
-    async def readyz() -> Status:
-        if not service.ready:
-            raise Problem.busy(
-                "the captioners failed" if service.failed else "warming up or ending", "not_ready"
-            )
-        return Status(status="ready")
-
-    @app.get(
-        "/metrics",
-        tags=["health"],
-        summary="Counters in Prometheus' format",
-        response_class=Response,
-    )
-    async def metrics() -> Response:
-        return Response(service.observer.text(), media_type="text/plain; version=0.0.4")
-
-
-async def _problem(request: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
+    """Return the answer for an error of a route."""
+    if isinstance(error, ClientDisconnect):
+        request.app.state.service.observer.left()
+        return JSONResponse(None, LEFT)
+    if isinstance(error, HTTPException):
+        status, headers = error.status_code, error.headers
+        code = HTTPStatus(status).phrase.lower().replace(" ", "_")
+        error = Problem(status, code, str(error.detail), headers=headers)
     assert isinstance(error, Problem)
     return error.response()
 
 
-async def _http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code = phrase(error.status_code).lower().replace(" ", "_")
-    return Problem(error.status_code, code, str(error.detail), headers=error.headers).response()
+def guarded_routes(service: Service, with_key: bool) -> APIRouter:
+    """Return the routes that ``Gate`` guards.
+
+    The security declared here only documents the key, which ``Gate`` compares before any body is
+    read.
+    """
+    bearer = HTTPBearer(scheme_name="bearer", auto_error=False)
+    header = APIKeyHeader(name="X-API-Key", scheme_name="header", auto_error=False)
+    router = APIRouter(
+        dependencies=[Security(bearer), Security(header)] if with_key else [],
+        responses=problems(401, 429) if with_key else problems(429),
+    )
+
+    @router.post(
+        "/v1/captions",
+        tags=["captions"],
+        summary="Caption images",
+        description=CAPTIONS_TEXT,
+        responses=problems(400, 408, 413, 415, 422, 503, 504),
+        openapi_extra=caption_request(),
+    )
+    async def captions(request: Request) -> Captions:
+        return await service.caption(request)
+
+    @router.get("/v1/models", tags=["captions"], summary="List the captioners")
+    async def models() -> Models:
+        listed = [
+            served.describe(name == service.default) for name, served in service.captioners.items()
+        ]
+        names = ("body_bytes", "images", "pixels", "seconds")
+        return Models(models=listed, limits={name: getattr(service.limits, name) for name in names})
+
+    @router.get("/metrics", tags=["health"], summary="Prometheus metrics", response_class=Response)
+    async def metrics() -> Response:
+        return Response(service.observer.text(), media_type="text/plain; version=0.0.4")
+
+    return router
 
 
-async def _gone(request: Request, error: Exception) -> Response:
-    request.app.state.service.observer.left()
-    return JSONResponse(None, LEFT)
+def open_routes(service: Service) -> APIRouter:
+    """Return the routes that need no key: the page and the health checks."""
+    router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @router.get("/healthz", tags=["health"], summary="Is the process alive?")
+    async def healthz() -> Status:
+        return Status(status="ok")
+
+    @router.get(
+        "/readyz", tags=["health"], summary="Is the service ready?", responses=problems(503)
+    )
+    async def readyz() -> Status:
+        if service.ready:
+            return Status(status="ready")
+        state = "the captioners failed" if service.failed else "warming up or shutting down"
+        raise Problem.busy(state, "not_ready")
+
+    return router

@@ -1,4 +1,4 @@
-"""What the service counts, in Prometheus' format; nothing of an upload is among it."""
+"""Counters of the service in Prometheus' format; they record nothing of an upload."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,25 +40,27 @@ class Observer:
         self._seconds = Histogram(
             "request_seconds", "Time to an answer", ["route"], buckets=_SECONDS, **common
         )
-        self._left = Counter("clients_left", "Clients that left before their answer", **common)
+        self._left = Counter(
+            "clients_left", "Clients that disconnected before their answer", **common
+        )
         self._batch = Histogram(
-            "batch_images", "Images that ran together", buckets=(1, 2, 4, 8, 16, 32, 64), **common
+            "batch_images", "Images per batch", buckets=(1, 2, 4, 8, 16, 32, 64), **common
         )
         self._waited = Histogram(
-            "queue_seconds", "Time in the queue, for each image", buckets=_SECONDS, **common
+            "queue_seconds", "Time in the queue, per image", buckets=_SECONDS, **common
         )
         self._model = Histogram(
-            "model_seconds", "Time of the model, for each batch", buckets=_SECONDS, **common
+            "model_seconds", "Time of the model, per batch", buckets=_SECONDS, **common
         )
-        Gauge("queue_images", "Images that wait", **common).set_function(waiting)
+        Gauge("queue_images", "Images waiting", **common).set_function(waiting)
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count an answer; ``route`` is one of the service's own, never what a client made up."""
+        """Count an answer; ``route`` is a declared route, never a path from a client."""
         self._requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def left(self) -> None:
-        """Count a client that did not wait for its answer."""
+        """Count a client that disconnected before its answer."""
         self._left.inc()
 
     def ran(self, done: Sequence[Done]) -> None:
@@ -69,5 +71,5 @@ class Observer:
             self._waited.observe(each.waited)
 
     def text(self) -> bytes:
-        """Return everything in the text format."""
+        """Return all counters in the text format."""
         return generate_latest(self.registry)

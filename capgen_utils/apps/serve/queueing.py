@@ -1,4 +1,4 @@
-"""A small queue before the model: what wants the same of it, at about the same time, runs together."""
+"""The queue of images before the model: those with equal options run together as a batch."""
 
 import asyncio
 import time
@@ -15,12 +15,12 @@ Run = Callable[[Any, Sequence[Any]], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Done:
-    """What became of one item.
+    """The result of one item, and how long it took.
 
     Attributes:
-        result: as the model returned it.
+        result: what the model returned.
         waited: seconds in the queue.
-        seconds: that the model took for the batch.
+        seconds: time of the model for the whole batch.
         batch: items that ran together.
     """
 
@@ -39,19 +39,19 @@ class _Job:
 
 
 class Batcher:
-    """Runs items through a model in one thread of its own, items with equal keys together.
+    """Runs items through a model in its own thread, items with equal keys together.
 
-    An item leaves the queue when its future is cancelled. A batch begins when it is full, or when
-    its oldest item has waited for ``window`` seconds; while the model works the queue fills by
-    itself, so that under load no item waits for company. All methods belong to one event loop.
+    An item leaves the queue when its future is cancelled. A batch starts when it is full, or when
+    its oldest item has waited for ``window`` seconds. While the model is busy the queue fills by
+    itself, so that under load no item waits for others. All methods run on one event loop.
 
     Args:
-        run: takes a key and items, returns for each a result or the exception that it caused;
-            called in the thread.
+        run: takes a key and items; returns a result or an exception for each. Called in the
+            thread.
         capacity: items that may wait.
-        batch: items that run together at most.
-        window: seconds.
-        observe: gets the items and seconds of each batch.
+        batch: largest number of items that run together.
+        window: seconds that an item waits for others.
+        observe: receives the results of each batch.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Items that wait; what was cancelled does not."""
+        """Number of waiting items, without cancelled ones."""
         self._jobs = [job for job in self._jobs if not job.future.done()]
         return len(self._jobs)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start working."""
         self._task = asyncio.get_running_loop().create_task(self._work())
 
     async def close(self) -> None:
-        """Finish what was accepted, then end the thread."""
+        """Finish all accepted items, then end the thread."""
         self._closed = True
         self._arrived.set()
         if self._task is not None:
@@ -89,21 +89,20 @@ class Batcher:
         self._pool.shutdown(wait=True)
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run anything else in the model's thread, after what runs there now."""
+        """Run another function in the model's thread, after the current batch."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     async def submit(self, key: Hashable, items: Sequence[Any]) -> list[Done]:
-        """Queue ``items`` and wait for all of them; who is cancelled while waiting frees their
-        places.
+        """Queue ``items`` and wait for all of them; cancelling the wait removes them again.
 
         Raises:
-            Problem: 503, there is no room for all of them, or the service is ending.
-            Exception: what ``run`` returned for one of them.
+            Problem: 503, there is no room for all of them, or the service is shutting down.
+            Exception: the one that ``run`` returned for an item.
         """
         if self._closed:
             raise Problem.busy("the service is shutting down", "shutting_down")
         if self.waiting + len(items) > self.capacity:
-            raise Problem.busy(f"{self.capacity} images wait already", seconds=2)
+            raise Problem.busy(f"{self.capacity} images are waiting already", seconds=2)
         loop = asyncio.get_running_loop()
         jobs = [_Job(key, item, loop.create_future()) for item in items]
         self._jobs += jobs
@@ -111,46 +110,35 @@ class Batcher:
         return list(await asyncio.gather(*(job.future for job in jobs)))
 
     async def _work(self) -> None:
-        while (jobs := await self._next()) is not None:
-            if jobs:
-                await self._run_together(jobs)
-
-    async def _next(self) -> list[_Job] | None:
-        """Return the next batch, ``None`` when all is done and the queue is closed."""
-        while not self.waiting:
-            if self._closed:
-                return None
-            await self._wait(None)
-        head = self._jobs[0]
-        while (left := head.since + self.window - time.monotonic()) > 0 and not self._closed:
-            if self.waiting and len(self._like(self._jobs[0])) >= self.batch:
-                break
-            await self._wait(left)
-        if not self.waiting:
-            return []
-        chosen = self._like(self._jobs[0])[: self.batch]
-        self._jobs = [job for job in self._jobs if job not in chosen]
-        return chosen
-
-    def _like(self, head: _Job) -> list[_Job]:
-        return [job for job in self._jobs if job.key == head.key]
+        while self.waiting or not self._closed:
+            if not self.waiting:
+                await self._wait(None)
+                continue
+            head = self._jobs[0]
+            batch = [job for job in self._jobs if job.key == head.key][: self.batch]
+            left = head.since + self.window - time.monotonic()
+            if left > 0 and len(batch) < self.batch and not self._closed:
+                await self._wait(left)
+                continue
+            self._jobs = [job for job in self._jobs if job not in batch]
+            await self._run_batch(batch)
 
     async def _wait(self, seconds: float | None) -> None:
         self._arrived.clear()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._arrived.wait(), seconds)
 
-    async def _run_together(self, jobs: Sequence[_Job]) -> None:
+    async def _run_batch(self, jobs: Sequence[_Job]) -> None:
         started = time.monotonic()
         try:
             results = await self.call(self._run, jobs[0].key, [job.item for job in jobs])
-        except Exception as error:  # a fault of ours must not stop the queue
+        except Exception as error:  # a bug of ours must not stop the queue
             results = [error] * len(jobs)
         seconds = time.monotonic() - started
         done = []
         for job, result in zip(jobs, results, strict=True):
             done.append(Done(result, started - job.since, seconds, len(jobs)))
-            if job.future.done():
+            if job.future.done():  # cancelled
                 continue
             if isinstance(result, BaseException):
                 job.future.set_exception(result)

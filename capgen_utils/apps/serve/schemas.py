@@ -1,16 +1,17 @@
-"""What goes into the service and what comes out, with bounds for every option."""
+"""Requests, answers and errors of the service, with bounds for every option, and their OpenAPI."""
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import FastAPI
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from capgen_utils.apps.serve.problems import MEDIA_TYPE
 
-LARGEST_BEAM = 16  # of a request: memory and time grow with it
+LARGEST_BEAM = 16  # per request: memory and time grow with it
 MOST_CANDIDATES = 32
 LONGEST = 200
+
+
+# --- the request
 
 
 def _finite(low: float, high: float, text: str) -> Any:
@@ -18,7 +19,7 @@ def _finite(low: float, high: float, text: str) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    """A form repeats a field that has several values."""
+    """A form repeats a field to give several values."""
     return value if isinstance(value, list) or value is None else [value]
 
 
@@ -26,7 +27,7 @@ Temperature = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 
 
 class Options(BaseModel):
-    """How captions are found; what is not given is the captioner's own default."""
+    """Decoding options; the captioner has a default for each."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +35,7 @@ class Options(BaseModel):
         default=None,
         min_length=1,
         max_length=100,
-        description="one of `/v1/models`; the first one by default",
+        description="a name from `/v1/models`; the first one by default",
     )
     candidates: int | None = Field(
         default=None,
@@ -77,39 +78,39 @@ class Options(BaseModel):
         default=None,
         min_length=1,
         max_length=16,
-        description="with `rerank`: draw one caption at each of these",
+        description="with `rerank`: draw one caption at each temperature",
     )
     attention: bool = Field(
-        default=False, description="also say where the captioner looked for each word"
+        default=False, description="also return where the captioner looked for each word"
     )
 
     def decoding(self) -> dict[str, Any]:
-        """Return what ``Captioner.caption`` takes as options."""
+        """Return the options of ``Captioner.caption``."""
         return self.model_dump(
             exclude={"model", "rerank", "temperatures", "attention"}, exclude_none=True
         )
 
     def key(self) -> tuple[Any, ...]:
-        """Return what requests have to agree in to be worked on together; a caption is the same
-        with attention."""
+        """Return what requests must have in common to share a batch; attention does not matter."""
         values = self.model_dump(exclude={"model", "attention"}, exclude_none=True)
         return tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items()))
 
 
+# --- the answer
+
+
 class CandidateOut(BaseModel):
-    """One caption that was considered."""
+    """One of the captions considered."""
 
     text: str
-    log_probability: float = Field(
-        description="natural logarithm under the captioner, summed over the tokens"
-    )
-    score: float = Field(description="what candidates are ranked by, unless a CLIP chose")
-    temperature: float = Field(description="what it was drawn at; 0 where it was searched for")
-    clip_score: float | None = Field(description="cosine of image and caption, where a CLIP chose")
+    log_probability: float = Field(description="natural logarithm, summed over the tokens")
+    score: float = Field(description="ranks the candidates, unless a CLIP ranked them")
+    temperature: float = Field(description="temperature of sampling; 0 for greedy or beam search")
+    clip_score: float | None = Field(description="cosine of image and caption, if re-ranked")
 
 
 class Region(BaseModel):
-    """The part of the upright image that the grid covers, as shares of its width and height."""
+    """The part of the upright image that the grid covers, as fractions of its width and height."""
 
     left: float
     top: float
@@ -136,16 +137,14 @@ class Attention(BaseModel):
 class CaptionOut(BaseModel):
     """The caption of one image."""
 
-    image: int = Field(description="its place in the request, from 0")
+    image: int = Field(description="position in the request, from 0")
     width: int = Field(description="of the upright image, in pixels")
     height: int
     caption: str
     log_probability: float
-    ended: bool = Field(description="false where the caption was cut at the maximum length")
+    ended: bool = Field(description="false if the caption was cut at the maximum length")
     candidates: list[CandidateOut] = Field(description="best first; the first one is the caption")
-    attention: Attention | None = Field(
-        description="where it was asked for and the caption has words"
-    )
+    attention: Attention | None = Field(description="if asked for and the caption has words")
 
 
 class Timing(BaseModel):
@@ -153,70 +152,67 @@ class Timing(BaseModel):
 
     total_ms: float
     read_ms: float = Field(description="receiving and decoding the images")
-    queue_ms: float = Field(description="the longest wait for the model")
-    model_ms: float = Field(description="the longest batch")
-    batch: int = Field(description="images that ran together, those of other requests included")
+    queue_ms: float = Field(description="longest wait for the model")
+    model_ms: float = Field(description="longest batch")
+    batch: int = Field(description="images per batch, including those of other requests")
+
+
+EXAMPLE = {
+    "model": "flickr8k_transformer",
+    "decoding": "beam 5, length penalty 1",
+    "captions": [
+        {
+            "image": 0,
+            "width": 640,
+            "height": 427,
+            "caption": "a brown dog is running through the grass",
+            "log_probability": -6.21,
+            "ended": True,
+            "candidates": [
+                {
+                    "text": "a brown dog is running through the grass",
+                    "log_probability": -6.21,
+                    "score": -0.69,
+                    "temperature": 0.0,
+                    "clip_score": None,
+                }
+            ],
+            "attention": None,
+        }
+    ],
+    "timing": {
+        "total_ms": 84.1,
+        "read_ms": 9.8,
+        "queue_ms": 5.2,
+        "model_ms": 68.3,
+        "batch": 1,
+    },
+}
 
 
 class Captions(BaseModel):
     """The answer to a request."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "flickr8k_transformer",
-                    "decoding": "beam 5, length penalty 1",
-                    "captions": [
-                        {
-                            "image": 0,
-                            "width": 640,
-                            "height": 427,
-                            "caption": "a brown dog is running through the grass",
-                            "log_probability": -6.21,
-                            "ended": True,
-                            "candidates": [
-                                {
-                                    "text": "a brown dog is running through the grass",
-                                    "log_probability": -6.21,
-                                    "score": -0.69,
-                                    "temperature": 0.0,
-                                    "clip_score": None,
-                                }
-                            ],
-                            "attention": None,
-                        }
-                    ],
-                    "timing": {
-                        "total_ms": 84.1,
-                        "read_ms": 9.8,
-                        "queue_ms": 5.2,
-                        "model_ms": 68.3,
-                        "batch": 1,
-                    },
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     model: str
-    decoding: str = Field(description="how the captions were found, in words")
+    decoding: str = Field(description="how the captions were decoded, in words")
     captions: list[CaptionOut]
     timing: Timing
 
 
 class ModelOut(BaseModel):
-    """A captioner that can be asked for."""
+    """One of the captioners."""
 
     name: str
     kind: str = Field(description="its architecture, such as `transformer`")
     default: bool
     parameters: int
     tokens: int = Field(description="size of its vocabulary")
-    longest: int = Field(description="tokens that a caption can have")
+    longest: int = Field(description="longest caption in tokens")
     encoder: str
-    attention: bool = Field(description="whether it can say where it looked")
-    rerank: bool = Field(description="whether it has a CLIP that chooses")
+    attention: bool = Field(description="whether it attends to regions of the image")
+    rerank: bool = Field(description="whether it has a CLIP for re-ranking")
     decoding: dict[str, Any] = Field(description="its defaults")
 
 
@@ -224,17 +220,17 @@ class Models(BaseModel):
     """The captioners, the default one first."""
 
     models: list[ModelOut]
-    limits: dict[str, float] = Field(description="of one request")
+    limits: dict[str, float] = Field(description="per request")
 
 
 class Status(BaseModel):
-    """How the service is."""
+    """The state of the service."""
 
     status: str
 
 
 class ProblemOut(BaseModel):
-    """An error, as RFC 9457 has it."""
+    """An error in the form of RFC 9457."""
 
     type: str
     title: str
@@ -245,121 +241,76 @@ class ProblemOut(BaseModel):
     errors: list[dict[str, Any]] | None = None
 
 
-_ERRORS = {
+# --- OpenAPI
+
+ERRORS = {
     400: "The body is malformed.",
+    401: "The API key is missing or wrong.",
     408: "The body did not arrive in time.",
     413: "Too many bytes, images, pixels or frames.",
     415: "The body is not multipart/form-data.",
     422: "An image cannot be read, or an option is not possible.",
-    503: "The service is starting, ending or full: try again after `Retry-After` seconds.",
+    429: "Too many requests from one address.",
+    503: "The service is starting, stopping or full: try again after `Retry-After` seconds.",
     504: "There was no caption in time.",
 }
 
-
-_COMMON = {401: "The API key is missing or wrong.", 429: "Too many requests from one address."}
-_RETRY = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
-_TEXT = """Caption one or several images.
+CAPTIONS_TEXT = """Caption one or several images.
 
     curl -F image=@photo.jpg http://127.0.0.1:8000/v1/captions
-    curl -F image=@a.jpg -F image=@b.png -F beam=1 -F attention=true http://127.0.0.1:8000/v1/captions
-    curl -F image=@photo.jpg -F top_p=0.8 -F temperature=1.5 -F candidates=7 http://127.0.0.1:8000/v1/captions
+    curl -F image=@a.jpg -F image=@b.png -F beam=1 -F attention=true \\
+        http://127.0.0.1:8000/v1/captions
+    curl -F image=@photo.jpg -F top_p=0.8 -F temperature=1.5 -F candidates=7 \\
+        http://127.0.0.1:8000/v1/captions
 
-Images are told by their content: JPEG, PNG, WebP, BMP, GIF, TIFF. They are turned upright and forgotten."""
+Formats are recognised by content: JPEG, PNG, WebP, BMP, GIF, TIFF. Images are turned upright, and
+discarded after the answer."""
 
 
-def _multipart() -> dict[str, Any]:
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the description of error answers, for the argument ``responses`` of a route."""
+    content = {MEDIA_TYPE: {"schema": ProblemOut.model_json_schema()}}
+    retry = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+    return {
+        status: {
+            "description": ERRORS[status],
+            "content": content,
+            "headers": retry if status in (429, 503) else {},
+        }
+        for status in statuses
+    }
+
+
+def caption_request() -> dict[str, Any]:
+    """Return the description of a request for captions, for ``openapi_extra`` of its route.
+
+    It is not made from declared ``File`` and ``Form`` parameters: with these, FastAPI would read
+    the whole body, onto the disk if it is large, before the first limit could be checked.
+    """
     schema = Options.model_json_schema()
-    schema.pop("description", None)
-    for each in schema["properties"].values():
-        _without_null(each)
+    for field in schema["properties"].values():  # forms have no null
+        kinds = [kind for kind in field.pop("anyOf", ()) if kind != {"type": "null"}]
+        field |= kinds[0] if kinds else {}
+        if field["default"] is None:
+            del field["default"]
     image = {
         "type": "array",
         "minItems": 1,
         "items": {"type": "string", "format": "binary"},
-        "description": "the file; repeat the field for several images",
+        "description": "an image file; repeat the field for several images",
     }
+    schema |= {"title": "CaptionRequest", "required": ["image"], "description": "Images, options."}
     schema["properties"] = {"image": image} | schema["properties"]
-    schema["required"] = ["image"]
-    schema["title"] = "CaptionRequest"
+    drawing = {"top_p": 0.8, "temperature": 1.5, "candidates": 7, "seed": 1}
+    chosen = {
+        "One image, greedy search": {"beam": 1},
+        "Seven samples": drawing,
+        "With attention maps": {"attention": True},
+    }
     examples = {
-        "greedy": {
-            "summary": "One image, greedy search",
-            "value": {"image": ["(file)"], "beam": 1},
-        },
-        "sampling": {
-            "summary": "Seven draws",
-            "value": {
-                "image": ["(file)"],
-                "top_p": 0.8,
-                "temperature": 1.5,
-                "candidates": 7,
-                "seed": 1,
-            },
-        },
-        "attention": {
-            "summary": "With attention maps",
-            "value": {"image": ["(file)"], "attention": True},
-        },
+        name: {"summary": name, "value": {"image": ["(file)"]} | options}
+        for name, options in chosen.items()
     }
-    encoding = {
-        "image": {
-            "contentType": "image/jpeg, image/png, image/webp, image/gif, image/bmp, image/tiff"
-        }
-    }
-    return {"multipart/form-data": {"schema": schema, "examples": examples, "encoding": encoding}}
-
-
-def _without_null(schema: dict[str, Any]) -> None:
-    """A form has no null: what is not given is left out."""
-    kinds = [kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"]
-    if len(kinds) == 1:
-        del schema["anyOf"]
-        schema.update(kinds[0])
-    if schema.get("default", 0) is None:
-        del schema["default"]
-
-
-def _problems(texts: dict[int, str]) -> dict[str, Any]:
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemOut"}}}
-    return {
-        str(status): {"description": text, "content": content}
-        | ({"headers": _RETRY} if status in (429, 503) else {})
-        for status, text in texts.items()
-    }
-
-
-CAPTIONS: dict[str, Any] = {
-    "description": _TEXT,
-    "openapi_extra": {
-        "requestBody": {"required": True, "content": _multipart()},
-        "responses": _problems(_ERRORS),
-    },
-}
-
-
-def describe_api(app: FastAPI, with_key: bool) -> None:
-    """Let ``app`` say in its OpenAPI document what is common to its routes."""
-    made: Callable[[], dict[str, Any]] = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema:
-            return app.openapi_schema
-        document = made()
-        components = document.setdefault("components", {})
-        components.setdefault("schemas", {})["ProblemOut"] = ProblemOut.model_json_schema()
-        common = {429: _COMMON[429]} | ({401: _COMMON[401]} if with_key else {})
-        for path, operations in document["paths"].items():
-            for operation in operations.values():
-                texts = common if path.startswith(("/v1/", "/metrics")) else {}
-                texts = texts | ({503: _ERRORS[503]} if path == "/readyz" else {})
-                operation["responses"] = operation["responses"] | _problems(texts)
-                if with_key and path.startswith(("/v1/", "/metrics")):
-                    operation["security"] = [{"bearer": []}, {"header": []}]
-        if with_key:
-            components["securitySchemes"] = {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-            }
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    kinds = "image/jpeg, image/png, image/webp, image/gif, image/bmp, image/tiff"
+    body = {"schema": schema, "examples": examples, "encoding": {"image": {"contentType": kinds}}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": body}}}

@@ -1,5 +1,4 @@
-"""A captioner as the service uses it: what it can do, how an upload is made ready for it, and how a
-batch is run."""
+"""A captioner inside the service: its abilities, the preparation of images, and batches."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from capgen_utils.apps.serve.problems import Problem
 from capgen_utils.apps.serve.schemas import (
     Attention,
     CandidateOut,
@@ -30,16 +28,18 @@ from capgen_utils.vision.clip import CLIPS
 from capgen_utils.vision.grid import grid_side, seen_box
 from capgen_utils.vision.preprocessing import Preprocessing
 
+BLANK = Image.new("RGB", (64, 64), (120, 130, 110))
+
 
 @dataclass(frozen=True)
 class Item:
     """One image of one request.
 
     Attributes:
-        image: what the captioner gets: its own small square where that is all it needs, else the
-            whole image.
+        image: pixels (side, side, 3) if only the captioner's encoder reads it, else the whole
+            image.
         size: (width, height) of the whole image.
-        attention: whether maps are wanted.
+        attention: whether to return attention maps.
     """
 
     image: np.ndarray | Image.Image
@@ -48,13 +48,13 @@ class Item:
 
     @property
     def whole_bytes(self) -> int:
-        """Memory that a whole image takes while it waits; small squares do not count."""
+        """Memory of a whole image while it waits; small squares do not count."""
         return 3 * self.size[0] * self.size[1] if isinstance(self.image, Image.Image) else 0
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What the captioner said of an item."""
+    """The caption of an item, with attention maps if asked for."""
 
     caption: Caption
     maps: CaptionMaps | None
@@ -64,15 +64,15 @@ class Served:
     """One captioner of the service.
 
     Args:
-        name: that requests ask for.
+        name: its name in requests.
         captioner: used in one thread only.
-        rerank: whether its scorer can be had.
+        rerank: whether it has a scorer.
     """
 
     def __init__(self, name: str, captioner: Captioner, rerank: bool = False) -> None:
         self.name, self.captioner, self.rerank = name, captioner, rerank
         self.attention = bool(
-            captioner.attention(_dummy(), beam=1, groups=1, min_length=0, max_length=2)[1]
+            captioner.attention(BLANK, beam=1, groups=1, min_length=0, max_length=2)[1]
         )
         self._parameters = sum(p.numel() for p in captioner.model.parameters())
 
@@ -86,22 +86,21 @@ class Served:
         scorer: Path | None = None,
         fp32: bool = False,
     ) -> "Served":
-        """Load a bundle, and the CLIP that chooses where there is one.
+        """Load a bundle, and its CLIP for re-ranking if there is one.
 
         Raises:
             CapGenError: see ``Captioner.from_bundle``.
         """
         captioner = Captioner.from_bundle(folder, device, encoder_weights, scorer, fp32)
-        own = (
-            scorer_folder(folder or DEFAULT_BUNDLE)
-            or captioner.bundle.info["encoder"]["name"] in CLIPS
-        )
-        if scorer is not None or own:
-            captioner.scorer  # noqa: B018 - loaded now: it fails before anybody waits for it
-        return cls(name, captioner, scorer is not None or bool(own))
+        included = scorer_folder(folder or DEFAULT_BUNDLE) is not None
+        clip = captioner.bundle.info["encoder"]["name"] in CLIPS
+        rerank = scorer is not None or included or clip
+        if rerank:
+            captioner.scorer  # noqa: B018 - load it now, so that no request waits for it or fails
+        return cls(name, captioner, rerank)
 
     def describe(self, default: bool) -> ModelOut:
-        """Return what ``/v1/models`` says of it."""
+        """Return its entry in ``/v1/models``."""
         bundle = self.captioner.bundle
         return ModelOut(
             name=self.name,
@@ -117,52 +116,44 @@ class Served:
         )
 
     def warm_up(self) -> None:
-        """Caption something, so that no request pays for what is done only once."""
-        self.captioner.caption(_dummy())
-        if self.rerank:
-            self.captioner.caption(_dummy(), rerank=True)
+        """Caption a blank image, so that no request pays for one-time work."""
+        for rerank in (False, True)[: 1 + self.rerank]:
+            self.captioner.caption(BLANK, rerank=rerank)
 
     def check(self, options: Options) -> str:
-        """Return in words how captions will be found.
+        """Return in words how captions will be decoded.
 
         Raises:
-            Problem: 422, it cannot be done.
+            CapGenError: the captioner cannot do this.
         """
         if options.rerank and not self.rerank:
-            raise _cannot(
-                self.name, "no CLIP that could choose among captions", "ask without rerank"
-            )
+            raise CapGenError(f"the captioner {self.name} has no CLIP", "ask without rerank")
         if options.attention and not self.attention:
-            raise _cannot(self.name, "no attention over the image", "ask without attention")
+            raise CapGenError(
+                f"the captioner {self.name} has no attention over the image",
+                "ask without attention",
+            )
         if options.temperatures is not None and not options.rerank:
-            raise Problem(
-                422, "impossible_options", "temperatures are for rerank", "ask for rerank too"
-            )
+            raise CapGenError("temperatures are for rerank", "ask for rerank too")
         decoding: Any = options.decoding()
-        try:
-            config = check_decoding(
-                with_options(self.captioner.decoding, **decoding), self.captioner.longest
-            )
-            drawn = temperatures_of(options.temperatures, decoding) if options.rerank else None
-        except CapGenError as error:
-            raise Problem.impossible(error) from error
-        found = (
-            describe(config)
-            if drawn is None
-            else f"drawn at temperatures {', '.join(f'{t:g}' for t in drawn)}"
-        )
-        return f"{found}, chosen by CLIP" if options.rerank else found
+        config = with_options(self.captioner.decoding, **decoding)
+        words = describe(check_decoding(config, self.captioner.longest))
+        if not options.rerank:
+            return words
+        temperatures = temperatures_of(options.temperatures, decoding)
+        if temperatures is not None:
+            words = f"sampled at temperatures {', '.join(f'{t:g}' for t in temperatures)}"
+        return f"{words}, chosen by CLIP"
 
     def prepare(self, image: Image.Image, options: Options) -> Item:
-        """Return an item for ``run``: an image that only the captioner's encoder sees is made small
-        at once."""
+        """Return an item for ``run``, resized at once if only the captioner's encoder reads it."""
         preprocessing = self.captioner.encoder.preprocessing
         if options.rerank and self.captioner.scorer.images.preprocessing != preprocessing:
             return Item(image, image.size, options.attention)
         return Item(np.array(preprocessing(image)), image.size, options.attention)
 
     def run(self, options: Options, items: Sequence[Item]) -> list[Answered | Exception]:
-        """Caption items together; where that fails, find those that are to blame."""
+        """Caption items together; if that fails, one by one, to find the items that fail."""
         try:
             return list(self._run(options, items))
         except Exception as error:
@@ -179,56 +170,45 @@ class Served:
             temperatures=options.temperatures,
             **decoding,
         )
-        maps: list[CaptionMaps | None] = [None] * len(items)
-        wanted = [i for i, item in enumerate(items) if item.attention and captions[i].text.strip()]
-        if wanted:
-            found = caption_maps(
-                self.captioner,
-                [items[i].image for i in wanted],
-                [captions[i].tokens for i in wanted],
-            )
-            for i, own in zip(wanted, found, strict=True):
-                maps[i] = own
-        return [Answered(caption, own) for caption, own in zip(captions, maps, strict=True)]
+        answers = [Answered(caption, None) for caption in captions]
+        looked = [i for i, c in enumerate(captions) if items[i].attention and c.text.strip()]
+        if looked:
+            images = [items[i].image for i in looked]
+            maps = caption_maps(self.captioner, images, [captions[i].tokens for i in looked])
+            for i, caption_map in zip(looked, maps, strict=True):
+                answers[i] = Answered(captions[i], caption_map)
+        return answers
 
 
-def _cannot(name: str, what: str, remedy: str) -> Problem:
-    return Problem(422, "impossible_options", f"the captioner {name} has {what}", remedy)
+# --- answers
 
 
-def _dummy() -> Image.Image:
-    return Image.new("RGB", (64, 64), (120, 130, 110))
-
-
-# --- what is answered
-
-
-def caption_out(place: int, item: Item, answered: Answered) -> CaptionOut:
-    """Return what the answer says of one image."""
-    caption = answered.caption
+def caption_out(index: int, item: Item, answered: Answered) -> CaptionOut:
+    """Return the answer for one image."""
+    caption, maps = answered.caption, answered.maps
     return CaptionOut(
-        image=place,
+        image=index,
         width=item.size[0],
         height=item.size[1],
         caption=caption.text,
-        log_probability=_number(caption.log_probability),
+        log_probability=finite(caption.log_probability),
         ended=caption.ended,
         candidates=[
             CandidateOut(
                 text=c.text,
-                log_probability=_number(c.log_probability),
-                score=_number(c.score),
+                log_probability=finite(c.log_probability),
+                score=finite(c.score),
                 temperature=c.temperature,
-                clip_score=None if c.clip_score is None else _number(c.clip_score),
+                clip_score=None if c.clip_score is None else finite(c.clip_score),
             )
             for c in caption.candidates
         ],
-        attention=None if answered.maps is None else attention_out(answered.maps, item.size),
+        attention=None if maps is None else attention_out(maps, item.size),
     )
 
 
-def _number(value: float) -> float:
-    """JSON knows no infinities: a caption that was cut where nothing could follow may have one."""
+def finite(value: float) -> float:
+    """Return a number for JSON, which has no infinities: a cut caption may be impossible."""
     return round(max(min(value, 1e9), -1e9), 4)
 
 
@@ -244,12 +224,7 @@ def attention_out(maps: CaptionMaps, size: tuple[int, int]) -> Attention:
 
 
 def region(size: tuple[int, int], preprocessing: Preprocessing) -> Region:
-    """Return which part of an image of ``size`` (width, height) the encoder saw."""
-    left, top, right, bottom = seen_box(size, preprocessing)
-    width, height = size
-    return Region(
-        left=left / width,
-        top=top / height,
-        width=(right - left) / width,
-        height=(bottom - top) / height,
-    )
+    """Return the part of an image of ``size`` (width, height) that the encoder saw."""
+    (width, height), (left, top, right, bottom) = size, seen_box(size, preprocessing)
+    across, down = (right - left) / width, (bottom - top) / height
+    return Region(left=left / width, top=top / height, width=across, height=down)

@@ -14,7 +14,7 @@ from capgen_utils.apps.cli.main import main
 from capgen_utils.apps.export import model_card
 from capgen_utils.apps.export.facts import bundle_facts
 from capgen_utils.captioner import DEFAULT_BUNDLE
-from capgen_utils.common import machine
+from capgen_utils.common import paths
 from capgen_utils.common.files import CapGenError
 
 
@@ -175,7 +175,7 @@ def test_pushing_makes_a_private_model_or_says_why_not(
 
 
 def test_the_address_is_the_projects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    address = machine.repository_address()
+    address = paths.repository_address()
     assert address.startswith("https://github.com/")
-    monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
-    assert machine.repository_address() == address, "installed without the clone"
+    monkeypatch.setattr(paths, "REPOSITORY", tmp_path)
+    assert paths.repository_address() == address, "installed without the clone"

@@ -484,8 +484,8 @@ def test_images_pixels_and_frames_are_counted(served: Served) -> None:
 
 def test_a_budget_is_given_back() -> None:
     budget = Budget(10, "bytes")
-    with budget.hold(4) as hold:
-        hold.add(6)
+    with budget.hold(4) as take:
+        take(6)
         with pytest.raises(Problem), budget.hold(1):
             pass
     assert budget.used == 0

@@ -1,7 +1,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const PLACES = [["top left", "top", "top right"], ["left", "middle", "right"], ["bottom left", "bottom", "bottom right"]];
+const AREAS = [["top left", "top", "top right"], ["left", "middle", "right"], ["bottom left", "bottom", "bottom right"]];
 const HISTORY = 30; // cards: each keeps its photograph in memory
 let models = [];
 let bounds = { body_bytes: 2e7 };
@@ -74,7 +74,7 @@ function showOptions() {
 
 async function captionAll(files) {
   const images = [...files].filter((file) => !file.type || file.type.startsWith("image/"));
-  if (!images.length) return say("That is no image.", true);
+  if (!images.length) return say("That is not an image.", true);
   if (!models.length) await loadModels();
   for (const [i, file] of images.entries()) {
     await caption(file, images.length > 1 ? ` ${i + 1} of ${images.length}` : "");
@@ -116,7 +116,7 @@ function addCard(file, answer) {
   fillCaption(card, found);
   fillCandidates(card, found.candidates);
   const ms = Math.round(answer.timing.total_ms);
-  card.querySelector(".facts").textContent = `${answer.model}, ${answer.decoding}; ${ms} ms${found.ended ? "" : "; cut at the longest length"}`;
+  card.querySelector(".facts").textContent = `${answer.model}, ${answer.decoding}; ${ms} ms${found.ended ? "" : "; cut at the maximum length"}`;
   $("results").prepend(card);
   $("empty").hidden = true;
   $("clear").hidden = false;
@@ -140,11 +140,11 @@ function fillCaption(card, found) {
     return button;
   });
   const canvas = card.querySelector("canvas");
-  let kept = -1; // the word that was tapped or clicked stays lit
+  let kept = -1; // a clicked or tapped word stays highlighted
   const show = (i) => {
     if (i < 0) return canvas.classList.remove("on");
     heat(canvas, maps, maps.words[i].weights, found);
-    card.querySelector(".look").textContent = `“${maps.words[i].text}”: looked most at the ${place(maps, maps.words[i].weights)}`;
+    card.querySelector(".look").textContent = `“${maps.words[i].text}”: looked most at the ${area(maps, maps.words[i].weights)}`;
   };
   buttons.forEach((button, i) => {
     button.addEventListener("pointerenter", () => show(i));
@@ -176,7 +176,7 @@ function fillCandidates(card, candidates) {
   }
 }
 
-/** Draw weights over the part of the photograph that the captioner saw, smoothed by the canvas's own scaling. */
+/** Draw weights over the part of the photograph that the captioner saw, smoothed by scaling the canvas. */
 function heat(canvas, maps, weights, size) {
   const scale = Math.min(1, 800 / Math.max(size.width, size.height));
   canvas.width = Math.max(1, Math.round(size.width * scale));
@@ -201,13 +201,13 @@ function heat(canvas, maps, weights, size) {
   canvas.classList.add("on");
 }
 
-/** Say in words where the weights are largest, for those who do not see the picture. */
-function place(maps, weights) {
+/** Name the area with the largest weight, for those who do not see the picture. */
+function area(maps, weights) {
   const cell = weights.indexOf(Math.max(...weights));
   const { left, top, width, height } = maps.region;
   const x = left + (width * ((cell % maps.columns) + 0.5)) / maps.columns;
   const y = top + (height * (Math.floor(cell / maps.columns) + 0.5)) / maps.rows;
-  return PLACES[Math.min(2, Math.floor(y * 3))][Math.min(2, Math.floor(x * 3))];
+  return AREAS[Math.min(2, Math.floor(y * 3))][Math.min(2, Math.floor(x * 3))];
 }
 
 function drop(card) {
@@ -223,7 +223,7 @@ async function openCamera() {
     $("viewfinder").hidden = false;
     $("shoot").focus();
   } catch {
-    say("There is no camera that this page may use (pages need https for it, except on this computer).", true);
+    say("This page cannot use a camera (it needs https, except on this computer).", true);
   }
 }
 
@@ -242,7 +242,7 @@ function shoot() {
   canvas.toBlob((blob) => blob && captionAll([blob]), "image/jpeg", 0.92);
 }
 
-// --- what people do -------------------------------------------------------------------------------------------------
+// --- events -------------------------------------------------------------------------------------------------------
 
 for (const id of ["files", "snap"]) {
   $(id).addEventListener("change", (event) => {
