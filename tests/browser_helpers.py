@@ -1,4 +1,4 @@
-"""A real browser that tests drive: Chromium without a window, and the page of a service in it."""
+"""A real browser for tests: headless Chromium with the page of a service."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ script = load_benchmark("page")
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """Yield the browser, with a camera that is a drawing; who has none skips."""
+    """Yield the browser, with a simulated camera; skip without one."""
     found = script.find_chromium()
     need("Chromium", found)
     need("playwright", importlib.util.find_spec("playwright"))
@@ -27,7 +27,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Visit:
-    """A page that is open, and all that went wrong on it."""
+    """An open page, and all errors on it."""
 
     def __init__(self, browser: Any, address: str, **context: Any) -> None:
         self.context = browser.new_context(**context)
@@ -41,7 +41,8 @@ class Visit:
             lambda r: self.hosts.add(r.url.split("/")[2] if r.url.startswith("http") else ""),
         )
         self.page.add_init_script(
-            "document.addEventListener('securitypolicyviolation', e => console.error('CSP ' + e.violatedDirective))"
+            "document.addEventListener('securitypolicyviolation', "
+            "e => console.error('CSP ' + e.violatedDirective))"
         )
         self.page.goto(address)
         self.page.locator("#model option").first.wait_for(state="attached")
@@ -55,7 +56,7 @@ class Visit:
             assert self.wrong == [] and len(self.hosts - {""}) == 1
 
     def captions(self, count: int) -> list[str]:
-        """Wait for so many cards and return their captions, the newest first."""
+        """Wait for ``count`` cards and return their captions, newest first."""
         until(lambda: self.page.locator(".card").count() == count, f"{count} cards")
         return [
             " ".join(text.split()) for text in self.page.locator(".card .caption").all_inner_texts()

@@ -1,4 +1,4 @@
-"""Images and uploads that mean no good, or only look like it: at least 200 of them, all made here."""
+"""Hostile and odd images and uploads: at least 200 of them, all made here."""
 
 import io
 import random
@@ -105,7 +105,7 @@ def truncated() -> Iterator[tuple[str, bytes]]:
 
 
 def wrong_magic() -> Iterator[tuple[str, bytes]]:
-    """Yield every kind that begins like another one, and things that are no images."""
+    """Yield every kind with the first bytes of another, and files that are no images."""
     kinds = {name: good_files()[name] for name in ("jpeg", "png", "gif", "webp", "bmp")}
     for name, data in kinds.items():
         for other, begins in kinds.items():
@@ -165,7 +165,7 @@ def png(
     colour: int = 0,
     rows: int | None = None,
 ) -> bytes:
-    """Return a PNG of zeros that says it has ``width`` x ``height`` pixels; its data hold ``rows``."""
+    """Return a PNG that claims ``width`` x ``height`` pixels; its data hold ``rows`` of zeros."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     packer = zlib.compressobj(9)
     row = bytes(1 + width * depth // 8)
@@ -190,7 +190,7 @@ def gif(width: int, height: int, images: int = 1, inner: tuple[int, int] = (1, 1
 
 
 def tiff(width: int, height: int, next_directory: int = 0, count: int = 1) -> bytes:
-    """Return a TIFF of one strip that says it has ``width`` x ``height`` pixels."""
+    """Return a TIFF of one strip that claims ``width`` x ``height`` pixels."""
     entries = [
         (256, 4, 1, width),
         (257, 4, 1, height),
@@ -219,7 +219,7 @@ def bmp(width: int, height: int) -> bytes:
 
 
 def webp_canvas(width: int, height: int) -> bytes:
-    """Return an extended WebP that says it has a canvas of that size."""
+    """Return an extended WebP that claims a canvas of that size."""
     inside = b"WEBP" + b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0"
     inside += struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
     inside += b"ANIM" + struct.pack("<IIH", 6, 0, 0) + saved("WEBP", lossless=True)[12:]
@@ -227,7 +227,7 @@ def webp_canvas(width: int, height: int) -> bytes:
 
 
 def jpeg_size(width: int, height: int) -> bytes:
-    """Return a JPEG whose header says another size."""
+    """Return a JPEG whose header claims another size."""
     data = bytearray(saved("JPEG"))
     place = data.index(b"\xff\xc0") + 5
     data[place : place + 4] = struct.pack(">HH", height, width)
@@ -235,14 +235,14 @@ def jpeg_size(width: int, height: int) -> bytes:
 
 
 def many_scans(count: int) -> bytes:
-    """Return a progressive JPEG in which the last scan comes ``count`` times."""
+    """Return a progressive JPEG whose last scan is repeated ``count`` times."""
     data = saved("JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * count + b"\xff\xd9"
 
 
 def bombs() -> Iterator[tuple[str, bytes]]:
-    """Yield files that would fill the memory, or never end."""
+    """Yield files that would exhaust memory or time."""
     yield from (
         ("png bomb of 400 megapixels", png(20000, 20000, rows=100)),
         ("png bomb of 2 gigapixels", png(50000, 50000, rows=10)),
@@ -279,7 +279,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
 
 
 def polyglots() -> Iterator[tuple[str, bytes]]:
-    """Yield files that are two things at once; those that are images first are images."""
+    """Yield files of two formats at once; those that start as images are images."""
     files = good_files()
     for kind in ("jpeg", "png", "gif"):
         yield f"{kind} that is a zip too", files[kind] + b"PK\x05\x06" + bytes(18)
@@ -342,12 +342,13 @@ def odd_but_fine() -> Iterator[tuple[str, bytes]]:
 
 def metadata() -> Iterator[tuple[str, bytes]]:
     """Yield images with broken EXIF and colour profiles."""
+    start = b"Exif\0\0II*\0\x08\0\0\0"
     exifs = {
         "empty": b"Exif\0\0",
         "cut": b"Exif\0\0II*\0\x08\0\0\0\x05",
         "noise": b"Exif\0\0" + random.Random(2).randbytes(500),
-        "orientation 77": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x4d\0\0\0\0\0\0\0",
-        "orientation as text": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0",
+        "orientation 77": start + b"\x01\0\x12\x01\x03\0\x01\0\0\0\x4d\0\0\0\0\0\0\0",
+        "orientation as text": start + b"\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0",
         "a directory that follows itself": b"Exif\0\0II*\0\x08\0\0\0\0\0\x08\0\0\0",
         "65,535 entries": b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(600),
         "an offset far away": b"Exif\0\0II*\0\xff\xff\xff\x7f",
@@ -381,7 +382,7 @@ def flipped() -> Iterator[tuple[str, bytes]]:
 
 
 def boundaries(good: bytes) -> Iterator[Hostile]:
-    """Yield bodies that do not keep to their boundary."""
+    """Yield bodies with inconsistent boundaries."""
     whole = body(part(good))
     named = {
         "no boundary": "multipart/form-data",
@@ -425,7 +426,7 @@ def boundaries(good: bytes) -> Iterator[Hostile]:
 
 
 def headers(good: bytes) -> Iterator[Hostile]:
-    """Yield parts and requests with headers that play tricks."""
+    """Yield parts and requests with malicious headers."""
     parts: dict[str, bytes] = {
         "no disposition": b"--"
         + BOUNDARY
@@ -474,7 +475,7 @@ def headers(good: bytes) -> Iterator[Hostile]:
 
 
 def names(good: bytes) -> Iterator[Hostile]:
-    """Yield uploads with file names that look like something else; no name is ever used."""
+    """Yield uploads with misleading file names; no name is ever used."""
     for name in (
         b"../../../../etc/passwd",
         b"..\\..\\windows\\win.ini",

@@ -1,5 +1,4 @@
-"""A service that tests talk to: in this process for most, in a process of its own where it has to
-be killed."""
+"""A service for tests: in this process, or in a process of its own that can be killed."""
 
 import os
 import re

@@ -1,5 +1,4 @@
-"""Dockerfile and compose.yaml agree with the project: versions, paths, port, and what a careful
-image does."""
+"""Dockerfile and compose.yaml agree with the project in versions, paths and port, and are safe."""
 
 import fnmatch
 import json
@@ -83,7 +82,7 @@ def test_the_build_is_the_set_up_of_the_makefile() -> None:
     assert set(left_out[1].split("|")) <= set(required)
 
 
-def test_what_is_left_out_of_the_image_is_nothing_that_serving_imports() -> None:
+def test_serving_imports_no_package_left_out_of_the_image() -> None:
     (pattern,) = re.findall(r"grep -vE '([^']*)'", " ".join(values("RUN")))
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if not re.match(pattern, line)]
@@ -99,7 +98,7 @@ def test_what_is_left_out_of_the_image_is_nothing_that_serving_imports() -> None
         ), path
 
 
-def test_it_runs_as_nobody_in_particular_and_writes_nothing_into_itself() -> None:
+def test_it_runs_without_privileges_on_a_read_only_file_system() -> None:
     (user,) = values("USER", LAST)
     assert (
         user.isdigit() and int(user) >= 10_000 and f"--uid {user}" in " ".join(values("RUN", LAST))

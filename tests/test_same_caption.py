@@ -1,5 +1,4 @@
-"""One photograph, one caption: Python, command line, service, page, exported graphs and demo agree,
-features in fp32.
+"""Python, command line, service, page, exported graphs and demo give the same captions (fp32).
 
 The captioner is the one that ships, the photographs are the samples, and nothing is decoded
 otherwise than by default.
@@ -28,7 +27,7 @@ PATHS = sorted(PHOTOS.glob("*.jpg"))
 
 @pytest.fixture(scope="module")
 def expected() -> list[Caption]:
-    """What Python says, and any notebook."""
+    """The captions of Python and of any notebook."""
     need("the trained captioner that ships", (DEFAULT_BUNDLE / "model.safetensors").is_file())
     assert len(PATHS) == 10
     return Captioner.from_bundle(device="cpu", fp32=True).caption(PATHS)
@@ -41,14 +40,14 @@ def service() -> Iterator[str]:
 
 
 def check(found: list[tuple[str, float]], expected: list[Caption]) -> None:
-    """Captions are equal; log-probabilities differ by less than those of features in bf16 do."""
+    """Compare captions, and log-probabilities within less than bf16 features change them."""
     assert [text for text, _ in found] == [caption.text for caption in expected]
     numbers = [caption.log_probability for caption in expected]
     assert [number for _, number in found] == pytest.approx(numbers, abs=1e-3)
 
 
 def said_by(*arguments: str | Path) -> list[tuple[str, float]]:
-    """Return what the command line says of the photographs."""
+    """Return the captions of the command line."""
     done = capgen("caption", *PATHS, "--json", *arguments)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]

@@ -26,7 +26,6 @@ from capgen_utils.common.paths import data_dir, requirement_lines
 
 MIN_PYTHON = (3, 11)
 MIN_FREE = 3_000_000_000  # bytes: Flickr8k unpacked, its archive and its features
-MIN_MEMORY = 2_000_000_000  # bytes
 MAIN_PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "numpy")
 # Captioning works without these.
 EXTRA_PACKAGES = {
@@ -36,8 +35,6 @@ EXTRA_PACKAGES = {
     "kagglehub",
     "tensorboard",
 }
-
-DOWNLOADED = ("flickr8k", "flickr30k", "coco")
 
 HUBS = {
     "huggingface.co": "CLIP and GPT-2 cannot be downloaded; "
@@ -207,7 +204,7 @@ def _memory() -> Iterable[Finding]:
 
     memory = psutil.virtual_memory()
     value = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-    enough = True if memory.available >= MIN_MEMORY else None
+    enough = True if memory.available >= 2_000_000_000 else None
     yield Finding("memory", value, enough, "close other notebooks and programs")
 
 
@@ -231,7 +228,7 @@ def _datasets() -> Iterable[Finding]:
     from capgen_utils.data.datasets import DATASETS
 
     yield Finding("data: shapes", "drawn by the package on first use", True)
-    for name in DOWNLOADED:
+    for name in ("flickr8k", "flickr30k", "coco"):
         try:
             yield Finding(f"data: {name}", str(DATASETS[name].find(None)), True)
         except CapGenError as error:

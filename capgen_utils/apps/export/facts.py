@@ -1,5 +1,6 @@
 """The facts about a bundle, for ``capgen info`` and for model cards."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def bundle_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def facts_text(facts: dict[str, Any]) -> str:
+def facts_text(facts: Mapping[str, Any]) -> str:
     """Return the facts as a table of two columns, without the unknown ones."""
     encoder, training, vocabulary = facts["encoder"], facts["training"], facts["vocabulary"]
     run, dev = as_mapping(training["run"]), as_mapping(facts["dev"])
@@ -76,7 +77,7 @@ def facts_text(facts: dict[str, Any]) -> str:
     return "\n".join(f"{name:16s} {value}" for name, value in rows.items() if value)
 
 
-def encoder_source(facts: dict[str, Any]) -> str:
+def encoder_source(facts: Mapping[str, Any]) -> str:
     """Return where the encoder's weights come from."""
     if facts["encoder"]["included"]:
         return "weights included"
@@ -88,6 +89,6 @@ def as_mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def pairs(values: dict[str, Any]) -> str:
+def pairs(values: Mapping[str, Any]) -> str:
     """Return the known values with their names on one line."""
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)

@@ -225,12 +225,13 @@ def write_graphs(folder: Path, model: CaptionModel, encoder: Encoder) -> None:
     outputs = names + caches
     write_graph(folder / "memory.onnx", graph, (features,), ({0: batch},), ["features"], outputs)
     # A growing cache (layers, M, heads, T, width) starts empty: trace it with words in it.
+    state: Any = model.start(memory)
     grown = [c.new_zeros(*c.shape[:3], _WORDS, c.shape[4]) if c.ndim == 5 else c for c in first]
     sizes = tuple({1: rows, 3: words} if c.ndim == 5 else {1: rows} for c in first)
     tokens = torch.zeros(_EXAMPLES, dtype=torch.int64)
     write_graph(
         folder / "step.onnx",
-        StepGraph(model, model.start(memory)),
+        StepGraph(model, state),
         (tokens, tuple(memory.tensors().values()), tuple(grown)),
         ({0: rows}, tuple({memory.axis: rows} for _ in names), sizes),
         ["tokens", *names, *caches],

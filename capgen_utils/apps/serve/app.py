@@ -40,7 +40,6 @@ from capgen_utils.common.machine import VERSION
 
 PAGE = Path(__file__).resolve().parent / "page"
 DECODERS = 2  # images decoded at once: each may take hundreds of megabytes for a moment
-LEFT = 499  # what web servers log for a client that disconnected
 
 
 class Service:
@@ -109,7 +108,7 @@ class Service:
                             "ask for less at once",
                         )
                         opened = await until_left(request, self._open(form))
-                    return await until_left(request, self._answer(*opened, started))
+                    return await until_left(request, self._answer(started, *opened))
         except TimeoutError as error:
             raise late from error
 
@@ -144,7 +143,7 @@ class Service:
         return options, served, decoding, items
 
     async def _answer(
-        self, options: Options, served: Served, decoding: str, items: list[Item], started: float
+        self, started: float, options: Options, served: Served, decoding: str, items: list[Item]
     ) -> Captions:
         read = time.monotonic() - started
         with self._pixels.hold(sum(item.whole_bytes for item in items)):
@@ -266,7 +265,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     """Return the answer for an error of a route."""
     if isinstance(error, ClientDisconnect):
         request.app.state.service.observer.left()
-        return JSONResponse(None, LEFT)
+        return JSONResponse(None, 499)  # web servers log this for a disconnected client
     if isinstance(error, HTTPException):
         status, headers = error.status_code, error.headers
         code = HTTPStatus(status).phrase.lower().replace(" ", "_")

@@ -16,7 +16,6 @@ from prometheus_client import (
 from capgen_utils.apps.serve.queueing import Done
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 
 
 class Observer:
@@ -56,7 +55,8 @@ class Observer:
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count an answer; ``route`` is a declared route, never a path from a client."""
-        self._requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
+        known = method if method in ("GET", "HEAD", "POST", "OPTIONS") else "other"
+        self._requests.labels(route, known, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def left(self) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 MEDIA_TYPE = "application/problem+json"
-RETRY_SECONDS = 1
 
 
 class Problem(Exception):
@@ -36,7 +35,7 @@ class Problem(Exception):
         self.errors, self.headers = errors, dict(headers or {})
 
     @classmethod
-    def busy(cls, detail: str, code: str = "queue_full", seconds: int = RETRY_SECONDS) -> "Problem":
+    def busy(cls, detail: str, code: str = "queue_full", seconds: int = 1) -> "Problem":
         """Return 503, with the ``seconds`` after which to try again."""
         headers = {"Retry-After": str(seconds)}
         return cls(503, code, detail, "try again a little later", headers=headers)

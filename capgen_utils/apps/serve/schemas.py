@@ -157,7 +157,7 @@ class Timing(BaseModel):
     batch: int = Field(description="images per batch, including those of other requests")
 
 
-EXAMPLE = {
+EXAMPLE: dict[str, Any] = {
     "model": "flickr8k_transformer",
     "decoding": "beam 5, length penalty 1",
     "captions": [
@@ -301,16 +301,15 @@ def caption_request() -> dict[str, Any]:
     }
     schema |= {"title": "CaptionRequest", "required": ["image"], "description": "Images, options."}
     schema["properties"] = {"image": image} | schema["properties"]
-    drawing = {"top_p": 0.8, "temperature": 1.5, "candidates": 7, "seed": 1}
-    chosen = {
+    chosen: dict[str, dict[str, Any]] = {
         "One image, greedy search": {"beam": 1},
-        "Seven samples": drawing,
+        "Seven samples": {"top_p": 0.8, "temperature": 1.5, "candidates": 7, "seed": 1},
         "With attention maps": {"attention": True},
     }
     examples = {
         name: {"summary": name, "value": {"image": ["(file)"]} | options}
         for name, options in chosen.items()
     }
-    kinds = "image/jpeg, image/png, image/webp, image/gif, image/bmp, image/tiff"
-    body = {"schema": schema, "examples": examples, "encoding": {"image": {"contentType": kinds}}}
+    formats = "image/jpeg, image/png, image/webp, image/gif, image/bmp, image/tiff"
+    body = {"schema": schema, "examples": examples, "encoding": {"image": {"contentType": formats}}}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": body}}}

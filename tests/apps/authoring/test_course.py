@@ -1,5 +1,4 @@
-"""Running notebooks: the right Python, pages that need no network, errors that say where, outputs
-without a trace."""
+"""Running notebooks: this Python, offline pages, located errors, outputs without private paths."""
 
 import os
 import re
@@ -68,7 +67,7 @@ def test_the_kernel_is_told_whether_to_train(
     assert not nbformat.read(path, 4).cells[1].outputs
 
 
-def test_what_is_kept_has_a_hash_and_no_trace_of_the_machine(folder: Path) -> None:
+def test_kept_outputs_have_a_hash_and_no_trace_of_the_machine(folder: Path) -> None:
     path = write_notebook(
         folder / "00_a.ipynb",
         "import os, sys, pathlib\n"

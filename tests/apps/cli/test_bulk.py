@@ -1,5 +1,4 @@
-"""Captions of many images: files that grow, runs that were stopped, names and files that do harm,
-small memory."""
+"""Bulk captions: growing files, resumed runs, hostile names and files, bounded memory."""
 
 import csv
 import io
@@ -54,7 +53,7 @@ def draw(folder: Path, names: list[str]) -> list[Path]:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
-    """Ten images, of which the fifth is damaged; one name is a table's nightmare."""
+    """Ten images, the fifth one damaged; one name needs quoting in a table."""
     found = draw(tmp_path / "photos", [f"{i}.png" for i in range(9)] + ['9, "so"\nsaid.png'])
     found[4].write_bytes(b"damaged")
     return found
@@ -68,7 +67,7 @@ def write(
     resume: bool = False,
     size: int = 3,
 ) -> list[int]:
-    """Caption into a file; returns how many images each batch had."""
+    """Caption into a file; returns the number of images in each batch."""
     batches = []
     with CaptionFile(output, style, settings_of(captioner, style, {}), paths, size, resume) as file:
         for batch in caption_batches(captioner, paths, file.held, size):
@@ -87,7 +86,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 @pytest.mark.parametrize("style", [JSONL, CSV], ids=lambda s: s.format)
-def test_wherever_a_file_was_torn_it_becomes_the_same_again(
+def test_a_file_torn_anywhere_is_completed_to_the_byte(
     captioner: Captioner, paths: list[Path], tmp_path: Path, style: Style
 ) -> None:
     whole = tmp_path / f"whole.{style.format}"
@@ -107,8 +106,8 @@ def test_wherever_a_file_was_torn_it_becomes_the_same_again(
         )
 
 
-def test_a_run_that_was_killed_goes_on(bundle: Path, tmp_path: Path) -> None:
-    """All runs are processes of one kind: another number of threads may change a last digit."""
+def test_a_killed_run_resumes(bundle: Path, tmp_path: Path) -> None:
+    """All runs are processes: another number of threads may change the last digit."""
     names = draw(tmp_path / "photos", [f"{i:02d}.png" for i in range(14)])
     shutil.copytree(bundle, tmp_path / "bundle")
     names[5].write_bytes(b"")
@@ -125,7 +124,7 @@ def test_a_run_that_was_killed_goes_on(bundle: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
-def test_features_in_fp32_are_asked_for_and_remembered(
+def test_fp32_features_are_part_of_the_settings(
     capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, paths: list[Path]
 ) -> None:
     shutil.copytree(bundle, tmp_path / "bf16")
@@ -153,7 +152,7 @@ def test_a_failure_is_named_and_counted(
     assert code == 1 and out == "" and "4.png" in err and "1 of 3" in err
 
 
-def test_images_that_came_later_and_images_that_were_mended_are_added(
+def test_new_and_repaired_images_are_added(
     captioner: Captioner, paths: list[Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "out.jsonl"
@@ -166,7 +165,7 @@ def test_images_that_came_later_and_images_that_were_mended_are_added(
         assert row["caption"] == captioner.caption(Path(row["image"]))[0].text
 
 
-def test_a_run_is_not_gone_on_with_by_other_settings(
+def test_a_run_with_other_settings_is_not_resumed(
     capsys: pytest.CaptureFixture[str], bundle: Path, paths: list[Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "out.csv"
@@ -212,7 +211,7 @@ def test_a_file_that_holds_something_else_is_left_alone(
         write(captioner, paths[:3], output, style, resume=True)
 
 
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_says_how_to_resume(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     bundle: Path,
@@ -233,7 +232,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 class Alive:
-    """Counts objects that nobody has let go yet, and the most there ever were."""
+    """Counts live objects, and the most that were ever alive."""
 
     def __init__(self) -> None:
         self.now = self.most = self.ever = 0
@@ -248,7 +247,7 @@ class Alive:
         self.now -= 1
 
 
-def test_images_and_captions_are_let_go(
+def test_images_and_captions_are_freed(
     captioner: Captioner, paths: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     images, captions = Alive(), Alive()
@@ -273,7 +272,7 @@ def test_images_and_captions_are_let_go(
 # --- names and files that do harm
 
 
-def test_a_folder_of_everything(
+def test_a_folder_of_odd_names_and_bad_files(
     capsys: pytest.CaptureFixture[str], bundle: Path, captioner: Captioner, tmp_path: Path
 ) -> None:
     folder = tmp_path / "photos"
@@ -347,14 +346,14 @@ def test_a_folder_of_everything(
     assert output.read_bytes() == before and len(failures.read_text().splitlines()) == len(bad)
 
 
-def test_lines_to_read_stay_lines(captioner: Captioner, paths: list[Path]) -> None:
+def test_each_caption_of_plain_text_is_one_line(captioner: Captioner, paths: list[Path]) -> None:
     out = io.StringIO()
     for batch in caption_batches(captioner, paths):
         write_batch(batch, Style(), out, FailureFile(None))
     assert len(out.getvalue().splitlines()) == 9 and r"\nsaid.png: " in out.getvalue()
 
 
-def test_bad_images_do_not_make_the_others_of_their_batch_go_alone(
+def test_bad_images_do_not_split_their_batch(
     captioner: Captioner, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
@@ -368,7 +367,7 @@ def test_bad_images_do_not_make_the_others_of_their_batch_go_alone(
     assert sizes == [10, 9] and last[0] == paths[-1] and isinstance(last[1], Caption)
 
 
-def test_no_file_is_lost_to_a_slip(
+def test_no_file_is_overwritten_by_mistake(
     capsys: pytest.CaptureFixture[str], bundle: Path, paths: list[Path], tmp_path: Path
 ) -> None:
     before = paths[0].read_bytes()
@@ -400,7 +399,7 @@ def test_impossible_options_leave_no_file(
 # --- lists, formats and exit codes
 
 
-def test_a_list_is_lines_or_ends_with_nul() -> None:
+def test_a_list_has_lines_or_is_separated_by_nul() -> None:
     assert read_paths(b"a b.jpg\r\n\nc.jpg") == [Path("a b.jpg"), Path("c.jpg")]
     assert read_paths(b"a\nb.jpg\0c.jpg\0") == [Path("a\nb.jpg"), Path("c.jpg")]
     assert os.fsencode(read_paths(b"\xff.jpg")[0]) == b"\xff.jpg" and read_paths(b"") == []
@@ -450,7 +449,7 @@ def test_the_format_follows_the_name_of_the_file(
     assert (tmp_path / "b.txt").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
 
 
-def test_progress_is_on_stderr_and_counts_what_was_there(
+def test_progress_is_on_stderr_and_counts_existing_captions(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     bundle: Path,
@@ -470,7 +469,7 @@ def test_progress_is_on_stderr_and_counts_what_was_there(
     )
 
 
-def test_what_a_clip_chose_is_written_with_its_score() -> None:
+def test_reranked_captions_are_written_with_their_clip_score() -> None:
     found = tuple(
         Candidate(text, -1.23456, -1.0, 0.5, score)
         for text, score in (("a dog", 0.31239), ("a cat", 0.2))

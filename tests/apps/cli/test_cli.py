@@ -1,5 +1,4 @@
-"""The command line: help, errors that end with code 2 and without a traceback, bulk captions,
-Ctrl-C."""
+"""The command line: help, errors with code 2 and no traceback, captions, scores, Ctrl-C."""
 
 import json
 import os
@@ -201,7 +200,9 @@ def test_one_photo_gives_one_line(capsys: pytest.CaptureFixture[str], bundle: Pa
     assert code == 0 and err == "" and len(out.splitlines()) == 1 and "cat_on_deck" not in out
 
 
-def test_a_folder_gives_a_line_a_photo(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+def test_a_folder_gives_one_line_per_photo(
+    capsys: pytest.CaptureFixture[str], bundle: Path
+) -> None:
     code, out, _ = run(capsys, "caption", "--bundle", bundle, PHOTOS)
     names = sorted(p.name for p in PHOTOS.glob("*.jpg"))
     assert code == 0 and [Path(line.split(": ")[0]).name for line in out.splitlines()] == names
@@ -258,7 +259,7 @@ def test_a_bad_photo_among_good_ones(
     assert run(capsys, "caption", "--bundle", bundle, tmp_path / "b.jpg")[0] == 2
 
 
-def test_a_reader_that_leaves_is_no_error(bundle: Path) -> None:
+def test_a_closed_pipe_is_no_error(bundle: Path) -> None:
     photos = sorted(PHOTOS.glob("*.jpg"))
     command = [
         sys.executable,
@@ -282,7 +283,7 @@ def test_a_reader_that_leaves_is_no_error(bundle: Path) -> None:
 # --- what a bundle holds, and shells
 
 
-def test_what_a_bundle_holds(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+def test_info_describes_a_bundle(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
     code, out, _ = run(capsys, "info", bundle, "--json")
     facts, config = json.loads(out), json.loads((bundle / "config.json").read_text())
     assert (
@@ -291,9 +292,8 @@ def test_what_a_bundle_holds(capsys: pytest.CaptureFixture[str], bundle: Path) -
         and facts["hyperparameters"] == config["architecture"]
     )
     with safe_open(bundle / "model.safetensors", "pt") as weights:
-        assert facts["parameters"] == sum(
-            weights.get_tensor(name).numel() for name in weights.keys()
-        )  # noqa: SIM118
+        names = list(weights.keys())
+        assert facts["parameters"] == sum(weights.get_tensor(name).numel() for name in names)
     assert facts["encoder"]["name"] == config["encoder"]["name"] and facts["encoder"]["included"]
     assert (
         facts["vocabulary"]["tokens"] == 16
@@ -307,7 +307,7 @@ def test_what_a_bundle_holds(capsys: pytest.CaptureFixture[str], bundle: Path) -
     assert code == 0 and f"{facts['parameters']:,} parameters" in out and "dev scores" not in out
 
 
-def test_what_a_trained_bundle_says_of_its_training(
+def test_info_describes_the_training(
     capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(bundle, tmp_path / "b")
@@ -361,7 +361,8 @@ def test_bash_completes(
     (tmp_path / "file.txt").touch()
     script = tmp_path / "script.sh"
     words = typed.split()
-    asked = f'\nCOMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _shtab_capgen; echo "${{COMPREPLY[@]}}"\n'
+    asked = f"\nCOMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _shtab_capgen"
+    asked += '; echo "${COMPREPLY[@]}"\n'
     script.write_text(run(capsys, "completion", "bash")[1] + asked)
     done = subprocess.run(
         ["bash", "script.sh"], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -431,7 +432,7 @@ def test_the_leaderboard_is_printed_and_written(
 # --- stopped
 
 
-def test_ctrl_c_says_that_the_run_goes_on(
+def test_ctrl_c_says_how_to_continue(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(options: Any) -> None:
@@ -445,7 +446,8 @@ def test_ctrl_c_says_that_the_run_goes_on(
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_in_a_real_process_has_no_traceback(tmp_path: Path) -> None:
     script = "import signal, sys, time; from capgen_utils.apps.cli import main as cli\n"
-    script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job begins by ignoring it
+    # A background job starts with SIGINT ignored.
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script += "def wait(options):\n    print('now', flush=True)\n    time.sleep(60)\n"
     script += "cli.run_doctor = wait\nsys.exit(cli.main(['doctor']))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}

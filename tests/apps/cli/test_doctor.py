@@ -1,5 +1,4 @@
-"""`capgen doctor`: what is broken is told from what is only missing, and every remedy can be acted
-on."""
+"""`capgen doctor` tells broken from merely missing, and every remedy can be acted on."""
 
 import shutil
 import time
@@ -91,7 +90,9 @@ def test_check_device_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch) ->
         doctor.check_device(torch.device("cpu"), torch.float32)
 
 
-def test_a_card_without_kernels_is_told_to_become_a_t4(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_without_kernels_gets_the_advice_to_choose_a_t4(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(device: torch.device, dtype: torch.dtype) -> None:
         raise RuntimeError(
             "CUDA error: no kernel image is available for execution on the device\nCompile with ..."
@@ -152,7 +153,7 @@ def test_torchvision_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> No
     assert finding.ok is False and "torch torchvision" in finding.remedy
 
 
-def test_little_disk_is_a_warning_and_a_locked_folder_an_error(
+def test_a_full_disk_is_a_warning_and_a_read_only_folder_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
@@ -224,7 +225,7 @@ def test_a_kaggle_key_is_found_and_never_shown(
     assert "very-secret" not in doctor.report(findings)
 
 
-def test_one_look_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_check_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def explode() -> list[Finding]:
         raise OSError("the disk is gone")
 

@@ -1,5 +1,4 @@
-"""A bundle as a folder for the hub: its card says what its files say, and nothing is sent without
-being asked."""
+"""A bundle for the hub: the card agrees with its files, and nothing is uploaded unasked."""
 
 import json
 from pathlib import Path
@@ -112,7 +111,7 @@ def test_a_damaged_bundle_has_no_card(tmp_path: Path) -> None:
         ("me/mine", {}, "no token"),
     ],
 )
-def test_what_cannot_be_pushed_is_said_before_anything_is_written(
+def test_an_impossible_push_is_refused_before_anything_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

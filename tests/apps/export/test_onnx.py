@@ -1,4 +1,4 @@
-"""Exported captioners: without torch, and yet the same captions; hostile exports are refused."""
+"""Exported captioners give the same captions without torch; hostile exports are refused."""
 
 import json
 import shutil
@@ -136,7 +136,9 @@ def test_every_captioner_can_be_exported(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_shipped_captioners_say_the_same_without_torch(name: str, tmp_path: Path) -> None:
+def test_the_shipped_captioners_give_the_same_captions_without_torch(
+    name: str, tmp_path: Path
+) -> None:
     bundle = DEFAULT_BUNDLE.parent / name
     need("the trained captioner that ships", (bundle / "model.safetensors").is_file())
     same_captions(bundle, export(bundle, tmp_path / "exported"), PATHS, WAYS[:3], 1e-3)
@@ -163,7 +165,8 @@ def test_nothing_imports_torch(exported: tuple[Path, Path]) -> None:
     assert done.returncode == 0, done.stderr
     said = OnnxCaptioner.from_folder(folder).caption(PATHS[0])[0].text
     assert done.stdout.strip() == said
-    line = f"from capgen_utils.apps.cli.main import main\nsys.exit(main(['caption', {str(PATHS[0])!r}, '--onnx', {str(folder)!r}]))"
+    arguments = ["caption", str(PATHS[0]), "--onnx", str(folder)]
+    line = f"from capgen_utils.apps.cli.main import main\nsys.exit(main({arguments}))"
     done = run_python("-c", NO_TORCH + line)
     assert (done.returncode, done.stdout.strip()) == (0, said), done.stderr
     refused = run_python("-c", NO_TORCH + "import capgen_utils.captioner")
@@ -208,7 +211,7 @@ def test_the_command_line_writes_captions_and_names_bad_images(
         assert capgen("caption", PATHS[0], "--onnx", folder, *extra).returncode == 2
 
 
-def test_the_export_says_how_far_it_is_from_torch(exported: tuple[Path, Path]) -> None:
+def test_the_export_reports_its_difference_from_torch(exported: tuple[Path, Path]) -> None:
     _, folder = exported
     described = json.loads((folder / "config.json").read_text())
     assert set(described["check"]) == set(GRAPHS)
@@ -320,7 +323,7 @@ def test_missing_and_damaged_files_are_named(copied: Path, name: str) -> None:
         assert name in refused(copied)
 
 
-def test_no_folder_is_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert "no folder" in refused(tmp_path / "gone")
 
 
@@ -362,7 +365,7 @@ def name_another_file(folder: Path) -> None:
         (name_another_file, "other files"),
     ],
 )
-def test_graphs_that_mean_harm_are_refused(
+def test_malicious_graphs_are_refused(
     copied: Path, harm: Callable[[Path], None], problem: str
 ) -> None:
     harm(copied)
@@ -379,7 +382,7 @@ def test_a_graph_that_fails_on_an_image_is_an_error_with_a_remedy(
     assert error.value.remedy == EXPORT_AGAIN
 
 
-def test_info_is_read_as_it_was_written(exported: tuple[Path, Path]) -> None:
+def test_the_configuration_is_read_as_it_was_written(exported: tuple[Path, Path]) -> None:
     info = read_info(json.loads((exported[1] / "config.json").read_text()), exported[1])
     assert (info.model, info.encoder, info.feature_shape) == ("transformer", "shapes_cnn", (64, 32))
     assert info.decoding.beam == 2 and info.longest == tiny_config().seq_len - 1
@@ -441,7 +444,7 @@ def test_the_search_in_numpy_is_the_search_in_torch(model: str) -> None:
 
 
 @torch.inference_mode()
-def test_a_search_that_may_say_nothing_is_cut_short() -> None:
+def test_a_search_without_allowed_tokens_is_cut_short() -> None:
     tokenizer = tiny_tokenizer(1)
     captioner = tiny_model("transformer", tokenizer)
     specials = replace(

@@ -1,5 +1,4 @@
-"""The load test that `make bench` runs for a minute, in short: no lost or crossed answer, a kill, a
-restart."""
+"""A short version of the load test of `make bench`: no lost or crossed answers, kill, restart."""
 
 import json
 from pathlib import Path
@@ -41,7 +40,7 @@ def test_under_load_every_client_gets_its_own_caption(bundle: Path) -> None:
     assert found["p50_milliseconds"] <= found["p95_milliseconds"] <= found["p99_milliseconds"]
 
 
-def test_killed_in_the_middle_and_started_again(bundle: Path) -> None:
+def test_killed_under_load_and_restarted(bundle: Path) -> None:
     expected = bench.expected_captions(bundle, {"beam": "1"})
     found = bench.killed_in_the_middle(bundle, expected, {"beam": "1"}, 24, ["--device", "cpu"])
     assert (found["crossed"], found["lost_after"]) == (0, 0)

@@ -1,5 +1,4 @@
-"""The page in a real browser: upload, caption, attention, keyboard, phone; no error, no foreign
-host or script."""
+"""The page in a real browser: upload, attention, keyboard, phone; no errors, no other hosts."""
 
 import base64
 import json
@@ -121,13 +120,15 @@ def test_choices_of_captioner_and_search_reach_the_captioner(
     assert visit.captions(0) == [] and page.locator("#empty").is_visible()
 
 
-def test_dropped_pasted_and_photographed(visit: Visit) -> None:
+def test_images_are_dropped_pasted_and_photographed(visit: Visit) -> None:
     page = visit.page
     transfer = """([data, type]) => {
-        const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0)), transfer = new DataTransfer();
+        const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+        const transfer = new DataTransfer();
         transfer.items.add(new File([bytes], 'a.jpg', {type: 'image/jpeg'}));
-        document.dispatchEvent(type === 'paste' ? new ClipboardEvent('paste', {clipboardData: transfer})
-                                                : new DragEvent('drop', {dataTransfer: transfer, bubbles: true}));
+        document.dispatchEvent(type === 'paste'
+            ? new ClipboardEvent('paste', {clipboardData: transfer})
+            : new DragEvent('drop', {dataTransfer: transfer, bubbles: true}));
     }"""
     data = base64.b64encode(PHOTO.read_bytes()).decode()
     for count, kind in enumerate(("drop", "paste"), start=1):
@@ -179,8 +180,10 @@ def test_a_screen_reader_finds_names_for_everything(visit: Visit) -> None:
     visit.captions(1)
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll('button, input, select, img, video, [role=region]')]
-            .filter(e => !e.closest('template') && !(e.labels && e.labels.length) && !e.textContent.trim()
-                         && !e.getAttribute('aria-label') && !e.getAttribute('alt')).map(e => e.outerHTML)"""
+            .filter(e => !e.closest('template') && !(e.labels && e.labels.length)
+                         && !e.textContent.trim() && !e.getAttribute('aria-label')
+                         && !e.getAttribute('alt'))
+            .map(e => e.outerHTML)"""
     )
     assert unnamed == []
     assert page.locator("[role=status][aria-live=polite]").count() == 1
@@ -192,7 +195,7 @@ def test_a_screen_reader_finds_names_for_everything(visit: Visit) -> None:
     )
 
 
-def test_what_cannot_be_captioned_is_explained(visit: Visit, tmp_path: Path) -> None:
+def test_errors_are_explained_on_the_page(visit: Visit, tmp_path: Path) -> None:
     page = visit.page
     (tmp_path / "broken.jpg").write_bytes(PHOTO.read_bytes()[:3000])
     page.set_input_files("#files", str(tmp_path / "broken.jpg"))
@@ -230,8 +233,8 @@ def test_it_fits_a_phone(browser: Any, served: list[Served], scheme: str) -> Non
             "nothing sticks out"
         )
         small = page.evaluate(
-            "[...document.querySelectorAll('button, label.button, select')].filter(e => e.offsetParent)"
-            ".map(e => [e.textContent, e.offsetHeight]).filter(([, height]) => height < 30)"
+            "[...document.querySelectorAll('button, label.button, select')]"
+            ".filter(e => e.offsetParent).map(e => [e.textContent, e.offsetHeight]).filter(([, height]) => height < 30)"
         )
         assert small == [], "a finger hits them"
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -244,7 +247,9 @@ def test_it_fits_a_phone(browser: Any, served: list[Served], scheme: str) -> Non
         )
 
 
-def test_a_key_is_asked_for_and_a_full_service_is_told(browser: Any, served: list[Served]) -> None:
+def test_the_page_asks_for_a_key_and_reports_a_full_queue(
+    browser: Any, served: list[Served]
+) -> None:
     protection = Protection(api_key="key", rate=None)
     with running(*served, limits=Limits(queue=1, images=1), protection=protection) as (client, app):
         context = browser.new_context()

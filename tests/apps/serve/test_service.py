@@ -1,5 +1,4 @@
-"""The service: the captions of the captioner, batched, within bounds, behind a key, and never a
-traceback."""
+"""The service: correct captions, batches, limits, API key, and never a traceback."""
 
 import asyncio
 import contextlib
@@ -96,7 +95,7 @@ def check_problem(answer: httpx.Response, status: int, code: str) -> dict[str, A
 
 
 class Held:
-    """Makes the model wait until it is let go."""
+    """Makes the model wait for ``go``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
         self.go, self.batches, real = threading.Event(), list[int](), served.run
@@ -179,7 +178,7 @@ def test_a_turned_photograph_is_captioned_upright(service: Pair) -> None:
     assert not open_upload(turned, 0, Limits()).info, "what else the camera noted is gone"
 
 
-def test_attention_comes_with_its_place_on_the_photograph(
+def test_attention_comes_with_its_region_of_the_photograph(
     service: Pair, captioner: Captioner
 ) -> None:
     found = (
@@ -269,7 +268,7 @@ def test_options_that_contradict_each_other_say_what_to_do(
     assert check_problem(ask(service[0], **options), 422, "impossible_options")["remedy"]
 
 
-def test_empty_fields_are_not_given_and_every_option_is_declared(service: Pair) -> None:
+def test_empty_fields_are_ignored_and_every_option_is_declared(service: Pair) -> None:
     assert ask(service[0], beam="", model=" ").status_code == 200
     document = service[0].get("/openapi.json").json()
     content = document["paths"]["/v1/captions"]["post"]["requestBody"]["content"][
@@ -292,7 +291,7 @@ def test_empty_fields_are_not_given_and_every_option_is_declared(service: Pair) 
 # --- batches
 
 
-def test_requests_that_want_the_same_run_together(
+def test_requests_with_equal_options_share_a_batch(
     served: Served, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(served, limits=Limits(batch=4)) as (client, app), ThreadPoolExecutor(12) as pool:
@@ -333,7 +332,7 @@ def test_a_full_queue_says_when_to_come_back(
         assert ask(client).status_code == 200
 
 
-def test_a_client_that_leaves_frees_its_place(
+def test_a_client_that_disconnects_leaves_the_queue(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
@@ -371,7 +370,7 @@ def test_a_request_has_a_deadline(served: Served, monkeypatch: pytest.MonkeyPatc
             assert b" 408 " in slow.recv(10_000)
 
 
-def test_the_queue_survives_what_fails_and_finishes_what_it_accepted() -> None:
+def test_the_queue_survives_failures_and_finishes_accepted_items() -> None:
     def run(key: str, items: list[Any]) -> list[Any]:
         if key == "bad":
             raise ValueError("a fault")
@@ -537,7 +536,7 @@ def test_nothing_of_an_upload_is_written_or_logged(
     assert secret not in caplog.text + out + err
 
 
-def test_a_fault_of_ours_shows_no_traceback_and_quotes_nothing(
+def test_an_internal_error_shows_no_traceback_and_quotes_nothing(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with running(served) as (client, _):
@@ -588,7 +587,7 @@ def test_the_key_guards_captions_models_and_metrics(served: Served) -> None:
             assert client.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_other_sites_are_let_in_only_where_asked_for(service: Pair, served: Served) -> None:
+def test_other_origins_are_allowed_only_if_configured(service: Pair, served: Served) -> None:
     origin = {"Origin": "https://site.example"}
     preflight = origin | {"Access-Control-Request-Method": "POST"}
     assert not any(
@@ -609,7 +608,7 @@ def test_other_sites_are_let_in_only_where_asked_for(service: Pair, served: Serv
         assert "access-control-allow-origin" not in other.headers
 
 
-def test_an_address_makes_so_many_requests(served: Served) -> None:
+def test_requests_per_address_are_limited(served: Served) -> None:
     with running(served, protection=Protection(rate="3/hour")) as (client, _):
         assert [client.get("/v1/models").status_code for _ in range(4)] == [200, 200, 200, 429]
         answer = ask(client)
@@ -663,7 +662,7 @@ def test_every_answer_has_the_security_headers(service: Pair, path: str) -> None
         "/page/",
     ],
 )
-def test_the_page_s_folder_is_all_that_can_be_read(service: Pair, path: str) -> None:
+def test_only_the_folder_of_the_page_can_be_read(service: Pair, path: str) -> None:
     with socket.create_connection(
         (service[0].base_url.host, service[0].base_url.port or 80)
     ) as raw:
@@ -671,7 +670,7 @@ def test_the_page_s_folder_is_all_that_can_be_read(service: Pair, path: str) -> 
         assert raw.recv(100).startswith(b"HTTP/1.1 404 ")
 
 
-def test_what_happens_is_counted_by_route_and_not_by_what_clients_make_up(served: Served) -> None:
+def test_answers_are_counted_by_declared_route_only(served: Served) -> None:
     with running(served) as (client, _):
         ask(client)
         ask(client, beam=0)
@@ -728,13 +727,15 @@ def test_hostile_uploads_do_no_harm(service: Pair, captioner: Captioner) -> None
         b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 50_000 + b"\r\n",
         b"GET /\0 HTTP/1.1\r\nHost: x\r\n\r\n",
         b"POST /v1/captions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/captions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nhello",
-        b"POST /v1/captions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        b"POST /v1/captions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nhello",
+        b"POST /v1/captions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+        b"Content-Length: 6\r\n\r\nhello",
         b"POST /v1/captions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\n",
     ],
     ids=lambda raw: repr(raw[:30]),
 )
-def test_bytes_that_are_no_http_do_no_harm(service: Pair, raw: bytes) -> None:
+def test_malformed_http_does_no_harm(service: Pair, raw: bytes) -> None:
     with socket.create_connection(
         (service[0].base_url.host, service[0].base_url.port or 80)
     ) as connection:
@@ -752,7 +753,7 @@ def test_bytes_that_are_no_http_do_no_harm(service: Pair, raw: bytes) -> None:
 # --- the command
 
 
-def test_the_command_serves_says_where_and_finishes_what_it_accepted(
+def test_the_command_prints_its_address_and_finishes_accepted_requests(
     bundle: Path, captioner: Captioner
 ) -> None:
     with ServeProcess(
@@ -783,7 +784,7 @@ def test_the_command_serves_says_where_and_finishes_what_it_accepted(
         assert served.process.returncode in (0, -signal.SIGTERM) and "Traceback" not in out + err
 
 
-def test_a_port_that_is_taken_a_bundle_that_is_none_and_odd_options_are_explained(
+def test_a_taken_port_a_missing_bundle_and_bad_options_are_explained(
     bundle: Path,
 ) -> None:
     with socket.socket() as taken:
@@ -820,8 +821,8 @@ def test_bundles_are_called_by_their_folder_unless_named() -> None:
     assert name_bundles(None) == [("flickr8k_transformer", None)]
 
 
-def test_waiting_is_bounded_by_the_window() -> None:
-    """An image that is alone does not wait for company longer than asked."""
+def test_a_single_image_waits_no_longer_than_the_window() -> None:
+    """The window bounds the wait for other images."""
     started: list[float] = []
 
     async def work() -> float:
