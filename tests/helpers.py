@@ -1,9 +1,12 @@
 """Small real things that tests are made of: images on disk, an encoder, a captioner, a training
 run."""
 
+import functools
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -50,6 +53,25 @@ def need(name: str, available: object) -> None:
     if os.environ.get("CAPGEN_STRICT") == "1":
         pytest.fail(f"{name} is missing, and CAPGEN_STRICT=1 allows no skip")
     pytest.skip(f"needs {name}")
+
+
+@functools.cache
+def repository_files() -> tuple[Path, ...]:
+    """Files that are tracked, or new and not ignored; all files where this is no clone."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        listed = (
+            subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+            .stdout.decode()
+            .split("\0")
+        )
+        paths = [ROOT / name for name in listed if name]
+    else:
+        written = re.compile(
+            r"(^|/)(\.(?!ci/|gitignore$)|__pycache__/|[^/]*\.egg-info/|build/|course-output/|runs/)"
+        )
+        paths = [p for p in ROOT.rglob("*") if not written.search(p.relative_to(ROOT).as_posix())]
+    return tuple(sorted(path for path in paths if path.is_file()))
 
 
 def run_python(*arguments: str, cwd: Path | None = None, timeout: float = 300, **env: str) -> Any:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_config, tiny_model, tiny_tokenizer
-from safetensors.torch import load_file, save_file
-from test_hub import (
+from hub_helpers import (
     POSITIONS,
     VOCABULARY,
     WIDTH,
@@ -19,6 +18,7 @@ from test_hub import (
     published_config,
     published_weights,
 )
+from safetensors.torch import load_file, save_file
 
 from capgen_utils.bundle import load_bundle
 from capgen_utils.common.files import CapGenError

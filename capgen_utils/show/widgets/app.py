@@ -1,4 +1,4 @@
-"""The demo: upload photographs or pick a sample, choose a captioner and caption. See notebook 11."""
+"""The demo: upload photographs, choose a captioner and its decoding, caption. See notebook 11."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""HTML that all widgets share: pictures with alternative texts, tables, and errors. See notebook 11."""
+"""HTML that all widgets share: pictures, tables, lists and errors. See notebook 11."""
 
 import base64
 import html
