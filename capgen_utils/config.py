@@ -1,22 +1,16 @@
-"""Hyperparameters as plain values, the data folder, and the choice of device and dtype."""
+"""Hyperparameters of captioners, CLIP, training and decoding as plain values (notebooks 03 to 08)."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.moved import moved_names
 
-if (
-    TYPE_CHECKING
-):  # functions import it themselves: what runs without torch reads configurations too
-    pass
-
-
 Config = TypeVar("Config")
-
-
+MINI = "gpt2-mini"  # the language model that is pre-trained here on the captions
+SMALL_CLIP = "small_clip"  # the dual encoder that is trained here
 LARGEST_BEAM = 100  # hypotheses an image; memory grows with it, captions stop changing long before
 
 
@@ -306,6 +300,41 @@ class DecodingConfig:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How one captioner is trained.
+
+    Attributes:
+        config: its hyperparameters.
+        encoder: a key of ``encoders.ENCODERS``, or ``SMALL_CLIP``; ``None`` for the preset's.
+        tokenizer: ``word``, ``clip`` or ``gpt2``.
+        training, decoding: ``None`` for the preset's.
+    """
+
+    config: Any
+    encoder: str | None = None
+    tokenizer: str = "word"
+    training: TrainingConfig | None = None
+    decoding: DecodingConfig | None = None
+
+
+# The captioners on public encoders in their usual sizes, for presets without recipes of their own.
+RECIPES: dict[str, Recipe] = {
+    "show_tell": Recipe(ShowTellConfig()),
+    "attend_tell": Recipe(
+        AttendTellConfig(embed_size=512, hidden_size=512, attention_size=512)
+    ),
+    "transformer": Recipe(TransformerConfig()),
+    "clip_prefix": Recipe(ClipPrefixConfig(), "clip-vit-base-patch32", "clip"),
+    "clip_gpt2": Recipe(
+        ClipGpt2Config(gradient_checkpointing=True),
+        "clip-vit-large-patch14",
+        "gpt2",
+        training=TrainingConfig(batch_images=16, learning_rate=1e-4),  # fits a GPU of 16 GB
+    ),
+}
+
+
 def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     """Build the dataclass ``kind`` from JSON values.
 
@@ -337,9 +366,6 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
                 f"{kind.__name__}.{key} cannot be {value!r}", f"use a value like {defaults[key]!r}"
             )
     return kind(**values)
-
-
-SMALL_CLIP = "small_clip"  # the dual encoder that is trained here
 
 
 __getattr__ = moved_names(__name__)  # for notebooks of earlier copies

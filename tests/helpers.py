@@ -205,7 +205,7 @@ def tiny_config(model: str = "transformer", **changes: Any) -> Any:
     it has."""
     model, own = VARIANTS.get(model, (model, {}))
     changes = own | changes
-    kind = models.MODELS[model][1]
+    kind = models.MODELS[model].Config
     known = {field.name for field in fields(kind)}
     return kind(**{k: v for k, v in (TINY_SIZES | changes).items() if k in known})
 
@@ -329,7 +329,6 @@ def tiny_trainer(
     )
     decoding = DecodingConfig(beam=2, max_length=12)
     return Trainer(
-        "transformer",
         captioner,
         tokenizer,
         data,

@@ -22,27 +22,27 @@ from safetensors.torch import load_file, save_file
 
 from capgen_utils.bundle import load_bundle
 from capgen_utils.common.files import CapGenError
-from capgen_utils.config import ClipGpt2Config
+from capgen_utils.config import MINI, ClipGpt2Config, Recipe
 from capgen_utils.data import shapes
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.models import build_model
 from capgen_utils.models.base import IGNORED
-from capgen_utils.models.clip_gpt2 import ClipGpt2Captioner
-from capgen_utils.presets import PRESETS, Preset, Recipe
+from capgen_utils.models.clip_gpt2 import (
+    ClipGpt2Captioner,
+    load_language_model,
+    with_sizes_of,
+)
+from capgen_utils.presets import PRESETS, Preset
 from capgen_utils.text.bpe import BpeTokenizer
 from capgen_utils.text.vocabulary import tokenizer_from_json
 from capgen_utils.training.batches import chunks_by_length, make_batch
 from capgen_utils.training.language import (
-    MINI,
     LanguageModel,
     NoImage,
     documents,
-    fit_config,
     initialise,
-    load_language_model,
     mini_folder,
     pretrain_language_model,
-    with_sizes_of,
 )
 from capgen_utils.training.recipes import make_trainer, prepare
 
@@ -340,7 +340,7 @@ def test_the_captioner_starts_from_it_and_goes_on_with_the_same_vocabulary(
     preset = replace(tiny_preset(), pretraining=None, encoder="shapes_cnn")
     mini_folder(preset).parent.mkdir(parents=True)
     mini_folder(preset).symlink_to(mini)
-    monkeypatch.setattr("capgen_utils.training.recipes.build_encoder", lambda *_: shapes_encoder())
+    monkeypatch.setattr("capgen_utils.training.encoder.build_encoder", lambda *_: shapes_encoder())
     prepared = prepare(preset, scenes, model="clip_gpt2")
     trainer = make_trainer(prepared, "clip_gpt2", tmp_path / "run")
     table = load_file(mini / "model.safetensors")["transformer.wte.weight"]

@@ -221,7 +221,7 @@ def test_a_bundle_stands_in_for_its_run(
     assert all(torch.equal(value, stored[key]) for key, value in trainer.model.state_dict().items())
     assert (shipped_run / "bundle" / "model.safetensors").read_bytes() == before
     assert not (shipped_run / "checkpoint.safetensors").exists()
-    assert "nothing is trained" in "".join(capsys.readouterr())
+    assert "nothing to train" in "".join(capsys.readouterr())
 
 
 def test_who_wants_to_train_trains(

@@ -23,7 +23,8 @@ from capgen_utils.config import TrainingConfig
 from capgen_utils.decoding.run import caption_manifest
 from capgen_utils.evaluation.metrics import bleu
 from capgen_utils.training import trainer as training
-from capgen_utils.training.trainer import Trainer, learning_rate
+from capgen_utils.training.loop import learning_rate
+from capgen_utils.training.trainer import Trainer
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 
@@ -421,7 +422,6 @@ def test_images_that_cannot_be_read_do_not_train(tmp_path: Path) -> None:
     assert set(cache.failed) == set(broken)
     tokenizer = WordTokenizer.fit(train.captions(), 1)
     trainer = Trainer(
-        "transformer",
         build_model("transformer", tiny_config(), tokenizer, (9, 12)),
         tokenizer,
         TrainingData(train, manifest.split("dev"), cache),
