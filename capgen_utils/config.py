@@ -321,9 +321,7 @@ class Recipe:
 # The captioners on public encoders in their usual sizes, for presets without recipes of their own.
 RECIPES: dict[str, Recipe] = {
     "show_tell": Recipe(ShowTellConfig()),
-    "attend_tell": Recipe(
-        AttendTellConfig(embed_size=512, hidden_size=512, attention_size=512)
-    ),
+    "attend_tell": Recipe(AttendTellConfig(embed_size=512, hidden_size=512, attention_size=512)),
     "transformer": Recipe(TransformerConfig()),
     "clip_prefix": Recipe(ClipPrefixConfig(), "clip-vit-base-patch32", "clip"),
     "clip_gpt2": Recipe(

@@ -43,7 +43,9 @@ class AttendTellCaptioner(CaptionModel):
     feature = "grid"
     Config = AttendTellConfig
     recipe = RECIPES[name]
-    chunks = 2  # each LSTM step has a fixed cost, so few long chunks are faster than many short ones
+    chunks = (
+        2  # each LSTM step has a fixed cost, so few long chunks are faster than many short ones
+    )
 
     def __init__(
         self,

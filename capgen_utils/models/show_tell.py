@@ -72,7 +72,9 @@ class ShowTellCaptioner(CaptionModel):
         for lstm in self.lstm:
             lasting = torch.empty(size).uniform_(1, max(2, steps)).log()
             for name, bias in lstm.named_parameters():
-                if name.startswith("bias"):  # there are two, which add up; gates: input, forget, ...
+                if name.startswith(
+                    "bias"
+                ):  # there are two, which add up; gates: input, forget, ...
                     bias[: 2 * size] = torch.cat([-lasting, lasting]) / 2
 
     @classmethod

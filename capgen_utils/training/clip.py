@@ -82,7 +82,9 @@ class Texts:
             image b, whether or not it was chosen for it; and the columns of captions and their
             twins (P, 2).
         """
-        captions = [self._captions[item.image, flip] for item, flip in zip(items, flips, strict=True)]
+        captions = [
+            self._captions[item.image, flip] for item, flip in zip(items, flips, strict=True)
+        ]
         drawn = dict.fromkeys(c for own in captions for c in _some(own, config.captions, rng))
         pairs = [(c, twin) for c in drawn for twin in _some(self._twins[c], config.twins, rng)]
         texts = dict.fromkeys([*drawn, *(twin for _, twin in pairs)])
@@ -158,7 +160,9 @@ class Reconstruction(nn.Module):
             vectors: (B, E).
             pictures: (B, D, side, side).
         """
-        target = ((self._patches(pictures) - self.mean) @ self.whiten).flatten(1)  # (B, patches * D)
+        target = ((self._patches(pictures) - self.mean) @ self.whiten).flatten(
+            1
+        )  # (B, patches * D)
         predicted = self.read(vectors * vectors.shape[1] ** 0.5)  # inputs of about unit size
         return (predicted.float() - target).pow(2).mean() / self.variance
 
@@ -317,8 +321,9 @@ class ContrastiveTrainer(Loop):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Bound the logit scale."""
+        """Bound the logit scale; see ``Loop.after_step``."""
         self.weights.logit_scale.clamp_(max=COLDEST)
+        super().after_step()
 
     def is_evaluated(self) -> bool:
         """See ``Loop.is_evaluated``; while looking there is nothing to compare."""

@@ -119,15 +119,6 @@ class Loop(ABC):
         """Return the learning rate of the next step."""
         return learning_rate(self.progress.step, self.epoch_steps * self.epochs, self.config)
 
-    def before_step(self) -> None:
-        """Called before each step."""
-
-    def after_step(self) -> None:
-        """Called after each step, before the weights are averaged."""
-
-    def take_over(self) -> None:
-        """Called when the folder has no checkpoint, to continue from something else."""
-
     def _changing(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what changes in training; frozen weights need no average."""
         frozen = {k for k, p in self.averaged.named_parameters() if not p.requires_grad}
@@ -166,7 +157,7 @@ class Loop(ABC):
         Raises:
             CapGenError: the folder holds a run with other settings, or the loss is not finite.
         """
-        self._resume()
+        self.resume()
         bar = tqdm(
             total=self.epoch_steps * self.epochs,
             initial=self.progress.step,
@@ -197,7 +188,6 @@ class Loop(ABC):
         progress = self.progress
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        self.before_step()
         total, count = self.loss(batch)
         # Accelerate averages gradients over processes: times their number, the mean is over the
         # global token count.
@@ -215,10 +205,10 @@ class Loop(ABC):
         progress.epoch_loss += value
         progress.epoch_tokens += int(count.item())
         self.after_step()
-        self._update_average()
 
     @torch.no_grad()
-    def _update_average(self) -> None:
+    def after_step(self) -> None:
+        """Update the averaged weights."""
         if self.average is None:
             return
         # At first the average follows the weights faster, so that early epochs can be judged too.
@@ -293,9 +283,13 @@ class Loop(ABC):
         progress = asdict(self.progress) | {"identity": self.identity(), "scalars": scalars}
         save_checkpoint(self.checkpoint_path, tensors, progress)
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Continue from the checkpoint, if there is one.
+
+        Raises:
+            CapGenError: it is of a run with other settings or other data.
+        """
         if not self.checkpoint_path.exists():
-            self.take_over()
             return
         tensors, progress = load_checkpoint(self.checkpoint_path)
         if progress.pop("identity") != self.identity():

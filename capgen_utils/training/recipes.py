@@ -86,7 +86,9 @@ class Run:
     def captioner(self) -> Captioner:
         """The captioner of the best epoch."""
         trainer = self.trainer
-        return Captioner(load_bundle(self.folder / "bundle"), trainer.encoder, scorer=trainer.scorer)
+        return Captioner(
+            load_bundle(self.folder / "bundle"), trainer.encoder, scorer=trainer.scorer
+        )
 
 
 def train(

@@ -125,12 +125,9 @@ class Trainer(Loop):
             else:  # fewer images than processes: take part in the step with an image without effect
                 yield replace(self.batcher.batch(self.data.train.items[:1], [False]), idle=True)
 
-    def before_step(self) -> None:
-        """Tell the model how far training has come."""
-        self.model.advance(self.progress.step / max(1, self.epoch_steps * self.epochs))
-
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See ``Loop.loss``; the terms are tokens."""
+        self.model.advance(self.progress.step / (self.epoch_steps * self.epochs))
         total, count = self._forward(batch, self.config.label_smoothing)
         return total, self.accelerator.reduce(count, "sum")
 
@@ -146,7 +143,10 @@ class Trainer(Loop):
         self.model.eval()
         result: dict[str, Any] = {"dev_loss": self._dev_loss()}
         if not self.model.select_by_loss:
-            dev, decoding = self.data.dev.limit(self.config.dev_images), replace(self.decoding, beam=1)
+            dev, decoding = (
+                self.data.dev.limit(self.config.dev_images),
+                replace(self.decoding, beam=1),
+            )
             captions = caption_manifest(self.model, dev, self.data.plain, self.tokenizer, decoding)
             references = {item.image: item.captions for item in dev.items}
             samples = {item.image: captions[item.image] for item in dev.items[:SAMPLES]}
@@ -186,13 +186,15 @@ class Trainer(Loop):
         )
         return Bundle(self.model, self.tokenizer, info)
 
-    def take_over(self) -> None:
-        """Treat a bundle without a checkpoint as the finished run that it came from.
+    def resume(self) -> None:
+        """Continue from the checkpoint; a bundle without one is taken as a finished run.
 
         Raises:
-            CapGenError: it was trained with other settings, or on another encoder.
+            CapGenError: it was trained with other settings, other data or another encoder.
         """
-        if train_anew() or not (self.folder / "bundle" / "config.json").is_file():
+        super().resume()
+        known = (self.folder / "bundle" / "config.json").is_file()
+        if self.checkpoint_path.exists() or train_anew() or not known:
             return
         bundle, log = load_bundle(self.folder / "bundle"), self.folder / "log.jsonl"
         info, facts = bundle.info, bundle.info.get("training_run")

@@ -25,7 +25,7 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.config import MINI, ClipGpt2Config, Recipe
 from capgen_utils.data import shapes
 from capgen_utils.data.datasets import load_dataset
-from capgen_utils.models import build_model
+from capgen_utils.models import TransformerCaptioner, build_model
 from capgen_utils.models.base import IGNORED
 from capgen_utils.models.clip_gpt2 import (
     ClipGpt2Captioner,
@@ -177,10 +177,11 @@ def test_what_cannot_be_had_is_said_with_three_ways(
 def test_sizes_are_those_of_the_gpt2_that_is_named(folder: Path) -> None:
     config = ClipGpt2Config(language_model=str(folder), reduction=2)
     sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
-    assert fit_config(config) == replace(config, **sizes)
+    assert ClipGpt2Captioner.fit_config(config) == replace(config, **sizes)
     assert with_sizes_of(replace(config, n_positions=5), folder).n_positions == 5
-    for other in (replace(config, language_model=MINI), tiny_config("transformer")):
-        assert fit_config(other) is other
+    mini, other = replace(config, language_model=MINI), tiny_config("transformer")
+    assert ClipGpt2Captioner.fit_config(mini) is mini
+    assert TransformerCaptioner.fit_config(other) is other
     (folder / "config.json").write_text(json.dumps(published_config(n_layer="2")))
     with pytest.raises(CapGenError, match="not that of a GPT-2"):
         with_sizes_of(config, folder)

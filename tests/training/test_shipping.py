@@ -21,7 +21,8 @@ from capgen_utils.captioner import Captioner
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.paths import APART, data_dir, own_data_dir
 from capgen_utils.common.tensors import SCALE, compact, read_tensors, round_to_bytes, save_tensors
-from capgen_utils.presets import PRESETS, Preset, Recipe
+from capgen_utils.config import Recipe
+from capgen_utils.presets import PRESETS, Preset
 from capgen_utils.training.shipped import SHIPPED, take_shipped
 from capgen_utils.vision.dual_encoder import DualEncoder
 

@@ -145,14 +145,14 @@ def test_the_bundle_holds_the_averaged_weights(tmp_path: Path) -> None:
 def test_the_average_is_an_exponential_one(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, epochs=2, average=0.3)
     expected = trainer.model.embedding.weight.detach().clone()
-    update = trainer._update_average
+    update = trainer.after_step
 
     def follow() -> None:
         decay = min(0.3, (1 + trainer.progress.step) / (10 + trainer.progress.step))
         expected.mul_(decay).add_(trainer.model.embedding.weight.detach(), alpha=1 - decay)
         update()
 
-    trainer._update_average = follow
+    trainer.after_step = follow
     trainer.train()
     torch.testing.assert_close(trainer.average["embedding.weight"], expected, atol=1e-5, rtol=1e-4)
 
