@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from capgen_utils import presets
-from capgen_utils.common import device, paths
+from capgen_utils.common import device as devices
 from capgen_utils.common.device import choose_device, choose_dtype
 from capgen_utils.common.files import CapGenError
-from capgen_utils.common.paths import data_dir
+from capgen_utils.common.paths import REPOSITORY, data_dir
 from capgen_utils.config import (
     SMALL_CLIP,
     DecodingConfig,
@@ -154,7 +154,7 @@ def test_the_data_folder_is_named_by_a_variable(
         lambda: monkeypatch.delenv("CAPGEN_DATA"),
     ):
         unset()
-        assert data_dir() == paths.REPOSITORY / "data"
+        assert data_dir() == REPOSITORY / "data"
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "tpu"])
@@ -183,7 +183,7 @@ def test_bf16_only_where_the_card_has_it(
 
 def test_dtypes_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(device, "cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr(devices, "cpu_has_bf16", lambda has=has: has)
         assert choose_dtype(torch.device("cpu")) == dtype
     assert choose_dtype(torch.device("mps")) == torch.float32
     with pytest.raises(CapGenError, match="fp64"):

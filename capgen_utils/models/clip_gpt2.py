@@ -20,8 +20,14 @@ from capgen_utils.common.hub import load_pretrained, read_config
 from capgen_utils.common.sinusoids import grid_sinusoids
 from capgen_utils.config import MINI, RECIPES, ClipGpt2Config
 from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, Pretrained, SharedState
-from capgen_utils.models.layers import attend, attend_images, causal_weights, dropout, hide_words
-from capgen_utils.models.transformer import TransformerMemory
+from capgen_utils.models.layers import (
+    TransformerMemory,
+    attend,
+    attend_images,
+    causal_weights,
+    dropout,
+    hide_words,
+)
 from capgen_utils.text.vocabulary import token_rows, tokenizer_from_json
 
 SIZES = ("n_embd", "n_layer", "n_head", "n_positions")

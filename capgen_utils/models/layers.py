@@ -1,12 +1,22 @@
 """Parts that captioners share: attention, dropout and the transformer layer (notebook 05)."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capgen_utils.models.base import Grouping
+from capgen_utils.models.base import Grouping, Memory
+
+
+@dataclass
+class TransformerMemory(Memory):
+    """Projected keys and values of B images for every layer: (layers, B, heads, N, width)."""
+
+    axis: ClassVar[int] = 1
+    keys: Tensor
+    values: Tensor
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, causal: bool = False) -> Tensor:

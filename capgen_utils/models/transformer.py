@@ -4,8 +4,7 @@
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +13,14 @@ from torch.nn import functional as F
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.sinusoids import grid_sinusoids, sinusoids
 from capgen_utils.config import RECIPES, TransformerConfig
-from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, Memory, SharedState
-from capgen_utils.models.layers import DecoderLayer, causal_weights, dropout, hide_words
-
-
-@dataclass
-class TransformerMemory(Memory):
-    """Projected keys and values of B images for every layer: (layers, B, heads, N, width)."""
-
-    axis: ClassVar[int] = 1
-    keys: Tensor
-    values: Tensor
+from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, SharedState
+from capgen_utils.models.layers import (
+    DecoderLayer,
+    TransformerMemory,
+    causal_weights,
+    dropout,
+    hide_words,
+)
 
 
 class TransformerCaptioner(CaptionModel):

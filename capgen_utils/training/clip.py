@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from capgen_utils.common.device import choose_device
 from capgen_utils.common.files import CapGenError, fingerprint
-from capgen_utils.common.paths import data_dir
 from capgen_utils.config import ClipPrefixConfig, ContrastiveConfig
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.data.manifest import Item
@@ -25,6 +24,7 @@ from capgen_utils.text.vocabulary import fit_tokenizer
 from capgen_utils.training.batches import TrainingData, captions_of, epoch_batches
 from capgen_utils.training.clip_loss import SAMPLE, info_nce, measure, twin_loss
 from capgen_utils.training.encoder import preset_encoder, require_one_process
+from capgen_utils.training.folders import dual_encoder_folder, run_folder
 from capgen_utils.training.loop import Loop, learning_rate
 from capgen_utils.vision.clip import as_picture
 from capgen_utils.vision.dual_encoder import DualEncoder, pad
@@ -371,8 +371,7 @@ def pretrain_dual_encoder(
     tokenizer = fit_tokenizer(recipe.tokenizer, train.captions(), preset.min_count)
     torch.manual_seed(recipe.training.seed)
     dual = DualEncoder.new(recipe.sizes, stem, tokenizer)
-    run_folder = folder.parent / f"{folder.name}-run"
-    best = ContrastiveTrainer(dual, data, recipe.training, run_folder).train()
+    best = ContrastiveTrainer(dual, data, recipe.training, run_folder(folder)).train()
     best.clip.half().float()  # the precision of the file
     facts = best.images.training_run = dict(best.images.training_run or {})
     grid = extract(manifest, stem, "grid")
@@ -383,8 +382,3 @@ def pretrain_dual_encoder(
             print(f"{split}: " + ", ".join(f"{key} {value:.1f}" for key, value in scores.items()))
     best.save(folder)
     return folder
-
-
-def dual_encoder_folder(preset: Preset, judge: bool = False) -> Path:
-    """Return the folder of a preset's small CLIP, or of the one that only measures."""
-    return data_dir() / "encoders" / f"{preset.name}_{'judge' if judge else 'clip'}"

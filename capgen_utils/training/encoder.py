@@ -12,22 +12,17 @@ from torch import Tensor
 
 from capgen_utils.common.device import choose_device
 from capgen_utils.common.files import CapGenError, read_json
-from capgen_utils.common.paths import data_dir
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.models import build_model
 from capgen_utils.models.base import CaptionModel, State
 from capgen_utils.presets import Preset
 from capgen_utils.text.words import WordTokenizer
 from capgen_utils.training.batches import TrainingData
+from capgen_utils.training.folders import encoder_folder, run_folder
 from capgen_utils.training.trainer import Trainer
 from capgen_utils.vision.encoder import Encoder, Pixels
 from capgen_utils.vision.encoders import build_encoder, new_shapes_cnn, save_encoder
 from capgen_utils.vision.features import extract
-
-
-def encoder_folder() -> Path:
-    """Return the folder of the encoder that is pre-trained for ``shapes``."""
-    return data_dir() / "encoders" / "shapes_cnn"
 
 
 def preset_encoder(preset: Preset, root: Path | None = None, name: str | None = None) -> Encoder:
@@ -89,7 +84,7 @@ def pretrain_encoder(preset: Preset, root: Path | None = None, folder: Path | No
     data = TrainingData(train, dev, extract(manifest, pixels, "pixels", dtype=torch.float32))
     tokenizer = WordTokenizer.fit(train.captions(), preset.min_count)
     torch.manual_seed(preset.pretraining.seed)
-    encoder, run = new_shapes_cnn(), folder.parent / f"{folder.name}-run"
+    encoder, run = new_shapes_cnn(), run_folder(folder)
     # Shifted images are regularisation enough.
     config = replace(preset.recipe("transformer").config, dropout=0.0)
     captioner = build_model("transformer", config, tokenizer, encoder.outputs["grid"])

@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from capgen_utils.common.files import CapGenError, atomic_path, write_json
 from capgen_utils.common.hub import read_config
-from capgen_utils.common.paths import data_dir
 from capgen_utils.common.tensors import save_tensors
 from capgen_utils.config import MINI, ClipGpt2Config
 from capgen_utils.data.datasets import load_dataset
@@ -27,6 +26,7 @@ from capgen_utils.presets import Preset
 from capgen_utils.text.vocabulary import fit_tokenizer
 from capgen_utils.text.words import Tokenizer
 from capgen_utils.training.batches import TrainingData
+from capgen_utils.training.folders import mini_folder, run_folder
 from capgen_utils.training.trainer import Trainer
 from capgen_utils.vision.dual_encoder import DualEncoder
 from capgen_utils.vision.encoder import Encoder
@@ -119,16 +119,6 @@ def documents(
         inputs.append(torch.cat([tokens[row, real[row]] for row in rows]))
         outputs.append(torch.cat([targets[row, real[row]] for row in rows]))
     return pad_sequence(inputs, True), pad_sequence(outputs, True, IGNORED)
-
-
-def mini_folder(preset: Preset) -> Path:
-    """Return the folder of a preset's language model."""
-    return data_dir() / "language_models" / f"{preset.name}_gpt2_mini"
-
-
-def run_folder(folder: Path) -> Path:
-    """Return the folder of the log and the checkpoint of the language model in ``folder``."""
-    return folder.parent / f"{folder.name}-run"
 
 
 def pretrain_language_model(

@@ -13,7 +13,6 @@ from capgen_utils.bundle import load_bundle
 from capgen_utils.captioner import Captioner
 from capgen_utils.common.device import choose_device, choose_dtype
 from capgen_utils.common.files import CapGenError
-from capgen_utils.common.paths import data_dir
 from capgen_utils.config import SMALL_CLIP, Recipe, TrainingConfig
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.data.manifest import Manifest
@@ -24,6 +23,7 @@ from capgen_utils.text.words import Tokenizer
 from capgen_utils.training.batches import TrainingData
 from capgen_utils.training.clip import pretrain_dual_encoder
 from capgen_utils.training.encoder import preset_encoder
+from capgen_utils.training.folders import run_of
 from capgen_utils.training.language import initialise
 from capgen_utils.training.loop import Progress
 from capgen_utils.training.trainer import Trainer
@@ -123,7 +123,7 @@ def train(
     preset = get_preset(preset) if isinstance(preset, str) else preset
     preset = preset.including(model, model_class(model).recipe)
     training = replace(preset.recipe(model).training or TrainingConfig(), **settings)
-    folder = folder or data_dir() / "runs" / f"{preset.name}_{model}"
+    folder = folder or run_of(preset, model)
     prepared = prepare(preset, data, limit, model)
     trainer = make_trainer(prepared, model, folder, training, trackers=trackers)
     return Run(trainer, trainer.train())

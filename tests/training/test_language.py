@@ -36,12 +36,12 @@ from capgen_utils.presets import PRESETS, Preset
 from capgen_utils.text.bpe import BpeTokenizer
 from capgen_utils.text.vocabulary import tokenizer_from_json
 from capgen_utils.training.batches import chunks_by_length, make_batch
+from capgen_utils.training.folders import mini_folder
 from capgen_utils.training.language import (
     LanguageModel,
     NoImage,
     documents,
     initialise,
-    mini_folder,
     pretrain_language_model,
 )
 from capgen_utils.training.recipes import make_trainer, prepare
