@@ -100,12 +100,7 @@ def bench_extraction() -> dict[str, Any]:
 def bench_training() -> dict[str, Any]:
     """Steps, captions and tokens per second of the transformer on all of the dataset, features
     cached."""
-    from capgen_utils.training.batches import (
-        chunks_by_length,
-        count_targets,
-        epoch_batches,
-        make_batch,
-    )
+    from capgen_utils.training.batches import chunks_by_length, count_targets
     from capgen_utils.training.recipes import make_trainer, prepare
 
     manifest = flickr8k_or_shapes()
@@ -113,14 +108,11 @@ def bench_training() -> dict[str, Any]:
     prepared = prepare(preset)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(prepared, "transformer", Path(folder))
-        trainer.step_module.train()
-        batches = epoch_batches(trainer.data, trainer.config, 0)
+        batches = trainer.batches()
         best, tokens, captions = float("inf"), 0, 0
-        for number, (items, flips) in zip(range(STEPS), batches, strict=False):
+        for number in range(STEPS):
             started = time.perf_counter()
-            batch = make_batch(
-                items, flips, trainer.data, trainer.tokenizer, trainer.model.config.seq_len
-            )
+            batch = next(batches)
             trainer._train_step(batch)
             seconds = time.perf_counter() - started
             if number and seconds < best:

@@ -82,6 +82,7 @@ _WHERE = {  # public name -> the module that holds it, or that it is
     "score": "evaluation.metrics",
     "shapes": "data.shapes",
     "tokenise": "text.ptb",
+    "train": "training.recipes",
     "twin_accuracy": "training.clip_loss",
     "widgets": "show.widgets",
     "word_attention": "decoding.run",

@@ -1,4 +1,7 @@
-"""Hyperparameters of captioners, CLIP, training and decoding: plain dataclasses, no torch."""
+"""Hyperparameters of captioners, CLIP, training and decoding: plain dataclasses, no torch.
+
+Notebooks 03 to 08 explain them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,7 +12,8 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.common.moved import moved_names
 
 Config = TypeVar("Config")
-
+MINI = "gpt2-mini"  # the language model that is pre-trained here on the captions
+SMALL_CLIP = "small_clip"  # the dual encoder that is trained here
 LARGEST_BEAM = 100  # memory grows with the beam; captions stop changing long before this
 LONGEST = 1024  # tokens in a caption
 
@@ -345,6 +349,39 @@ class DecodingConfig:
         return {name: value for name, value in asdict(self).items() if value != ()}
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How one captioner is trained.
+
+    Attributes:
+        config: its hyperparameters.
+        encoder: a key of ``encoders.ENCODERS``, or ``SMALL_CLIP``; ``None`` for the preset's.
+        tokenizer: ``word``, ``clip`` or ``gpt2``.
+        training, decoding: ``None`` for the preset's.
+    """
+
+    config: Any
+    encoder: str | None = None
+    tokenizer: str = "word"
+    training: TrainingConfig | None = None
+    decoding: DecodingConfig | None = None
+
+
+# The captioners on public encoders in their usual sizes, for presets without recipes of their own.
+RECIPES: dict[str, Recipe] = {
+    "show_tell": Recipe(ShowTellConfig()),
+    "attend_tell": Recipe(AttendTellConfig(embed_size=512, hidden_size=512, attention_size=512)),
+    "transformer": Recipe(TransformerConfig()),
+    "clip_prefix": Recipe(ClipPrefixConfig(), "clip-vit-base-patch32", "clip"),
+    "clip_gpt2": Recipe(
+        ClipGpt2Config(gradient_checkpointing=True),
+        "clip-vit-large-patch14",
+        "gpt2",
+        training=TrainingConfig(batch_images=16, learning_rate=1e-4),  # fits a GPU of 16 GB
+    ),
+}
+
+
 def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     """Build the dataclass ``kind`` from JSON values.
 
@@ -377,9 +414,6 @@ def _fits(value: Any, default: Any) -> bool:
         return False
     kinds = (int, float) if isinstance(default, float) else type(default)
     return isinstance(value, kinds) and not (isinstance(value, float) and not isfinite(value))
-
-
-SMALL_CLIP = "small_clip"  # the dual encoder that is trained here
 
 
 __getattr__ = moved_names(__name__)  # for notebooks of earlier copies

@@ -2,40 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from capgen_utils.common.device import choose_device
 from capgen_utils.common.files import CapGenError
 from capgen_utils.config import (
+    RECIPES,
     SMALL_CLIP,
     AttendTellConfig,
     ClipGpt2Config,
     ClipPrefixConfig,
     ContrastiveConfig,
     DecodingConfig,
+    Recipe,
     ShowTellConfig,
     SmallClipConfig,
     TrainingConfig,
     TransformerConfig,
 )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a preset trains one captioner.
-
-    Attributes:
-        config: its hyperparameters.
-        encoder: a key of ``encoders.ENCODERS``, or ``SMALL_CLIP``; ``None`` for the preset's.
-        tokenizer: ``word``, ``clip`` or ``gpt2``.
-        training, decoding: ``None`` for the preset's.
-    """
-
-    config: Any
-    encoder: str | None = None
-    tokenizer: str = "word"
-    training: TrainingConfig | None = None
-    decoding: DecodingConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -55,24 +40,6 @@ class ClipRecipe:
     dataset: str | None = None
 
 
-def _published_models() -> dict[str, Recipe]:
-    """The five captioners on public encoders in their usual sizes."""
-    return {
-        "show_tell": Recipe(ShowTellConfig()),
-        "attend_tell": Recipe(
-            AttendTellConfig(embed_size=512, hidden_size=512, attention_size=512)
-        ),
-        "transformer": Recipe(TransformerConfig()),
-        "clip_prefix": Recipe(ClipPrefixConfig(), "clip-vit-base-patch32", "clip"),
-        "clip_gpt2": Recipe(
-            ClipGpt2Config(gradient_checkpointing=True),
-            "clip-vit-large-patch14",
-            "gpt2",
-            training=TrainingConfig(batch_images=16, learning_rate=1e-4),  # fits a GPU of 16 GB
-        ),
-    }
-
-
 @dataclass(frozen=True)
 class Preset:
     """Everything that one word on the command line chooses. No module branches on ``name``.
@@ -81,25 +48,27 @@ class Preset:
         name: what the user types.
         dataset: a key of ``datasets.DATASETS``.
         encoder: a key of ``encoders.ENCODERS``.
-        flip: also train on mirrored images (captions that say left or right are left out of that
-            view).
-        min_count: occurrences a word needs in the training captions to enter the vocabulary.
-        models: a recipe by model name; see ``recipe``.
-        training: of the captioners.
-        pretraining: of the encoder, where the preset's encoder has to be trained first; else
-            ``None``.
+        encoder_weights: a local file or folder with the encoder's weights; ``None`` to download
+            them, or to train them here.
+        flip: also train on mirrored images, without the captions that mention left or right.
+        min_count: how often a word must occur in the training captions to enter the vocabulary.
+        models: recipes by model name; see ``recipe``.
+        training: settings for the captioners.
+        pretraining: settings for the encoder, if it is trained here; else ``None``.
         clip: how the dual encoder ``SMALL_CLIP`` is trained.
-        judge: how another one is trained that only measures: of another seed, width and vocabulary.
-        language: training of the language model ``gpt2-mini``.
+        judge: how a second dual encoder is trained that only measures; its seed, widths and
+            vocabulary differ.
+        language: settings for the language model ``gpt2-mini``.
         decoding: the defaults that go into the bundle.
     """
 
     name: str
     dataset: str
     encoder: str
+    encoder_weights: Path | None = None
     flip: bool = False
     min_count: int = 5
-    models: Mapping[str, Recipe] = field(default_factory=_published_models)
+    models: Mapping[str, Recipe] = field(default_factory=RECIPES.copy)
     training: TrainingConfig = TrainingConfig()
     pretraining: TrainingConfig | None = None
     clip: ClipRecipe = ClipRecipe()
@@ -111,34 +80,39 @@ class Preset:
     language: TrainingConfig = TrainingConfig()
     decoding: DecodingConfig = DecodingConfig()
 
+    def including(self, model: str, recipe: Recipe) -> "Preset":
+        """Return the preset with ``recipe`` for ``model``, unless it has one of its own."""
+        return replace(self, models={model: recipe, **self.models})
+
     def recipe(self, model: str) -> Recipe:
         """Return how ``model`` is trained, with the preset's own values where the recipe has none.
 
         Raises:
-            CapGenError: the preset says nothing of this model.
+            CapGenError: the preset has no recipe for this model.
         """
         if model not in self.models:
             raise CapGenError(
                 f"the preset {self.name} has no model {model!r}",
                 f"choose one of {', '.join(self.models)}",
             )
-        given = self.models[model]
+        recipe = self.models[model]
         return replace(
-            given,
-            encoder=given.encoder or self.encoder,
-            training=given.training or self.training,
-            decoding=given.decoding or self.decoding,
+            recipe,
+            encoder=recipe.encoder or self.encoder,
+            training=recipe.training or self.training,
+            decoding=recipe.decoding or self.decoding,
         )
 
     def with_encoder(self, model: str, encoder: str) -> "Preset":
         """Return the preset with another encoder for ``model``.
 
         Raises:
-            CapGenError: the preset says nothing of this model.
+            CapGenError: the preset has no recipe for this model.
         """
-        given = self.recipe(model)
-        known = {"cnn_backbone": encoder} if hasattr(given.config, "cnn_backbone") else {}
-        recipe = replace(self.models[model], encoder=encoder, config=replace(given.config, **known))
+        config = self.recipe(model).config
+        if hasattr(config, "cnn_backbone"):
+            config = replace(config, cnn_backbone=encoder)
+        recipe = replace(self.models[model], encoder=encoder, config=config)
         return replace(self, models={**self.models, model: recipe})
 
 

@@ -1,9 +1,12 @@
 """Small real things that tests are made of: images on disk, an encoder, a captioner, a training
 run."""
 
+import functools
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -50,6 +53,25 @@ def need(name: str, available: object) -> None:
     if os.environ.get("CAPGEN_STRICT") == "1":
         pytest.fail(f"{name} is missing, and CAPGEN_STRICT=1 allows no skip")
     pytest.skip(f"needs {name}")
+
+
+@functools.cache
+def repository_files() -> tuple[Path, ...]:
+    """Files that are tracked, or new and not ignored; all files where this is no clone."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        listed = (
+            subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+            .stdout.decode()
+            .split("\0")
+        )
+        paths = [ROOT / name for name in listed if name]
+    else:
+        written = re.compile(
+            r"(^|/)(\.(?!ci/|gitignore$)|__pycache__/|[^/]*\.egg-info/|build/|course-output/|runs/)"
+        )
+        paths = [p for p in ROOT.rglob("*") if not written.search(p.relative_to(ROOT).as_posix())]
+    return tuple(sorted(path for path in paths if path.is_file()))
 
 
 def run_python(*arguments: str, cwd: Path | None = None, timeout: float = 300, **env: str) -> Any:
@@ -183,7 +205,7 @@ def tiny_config(model: str = "transformer", **changes: Any) -> Any:
     it has."""
     model, own = VARIANTS.get(model, (model, {}))
     changes = own | changes
-    kind = models.MODELS[model][1]
+    kind = models.MODELS[model].Config
     known = {field.name for field in fields(kind)}
     return kind(**{k: v for k, v in (TINY_SIZES | changes).items() if k in known})
 
@@ -307,7 +329,6 @@ def tiny_trainer(
     )
     decoding = DecodingConfig(beam=2, max_length=12)
     return Trainer(
-        "transformer",
         captioner,
         tokenizer,
         data,

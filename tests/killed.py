@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from helpers import CPU, tiny_encoder, tiny_manifest, tiny_trainer
 
-from capgen_utils.training import trainer as training
 from capgen_utils.vision import features
 
 
@@ -77,7 +76,6 @@ def train(
 
     trainer._train_step, trainer._dev_loss = stepping, evaluating
     trainer.train()
-    tensors, _ = training._pack(trainer)
     print(
         json.dumps([[e["train_loss"], e["dev_loss"]] for e in trainer.progress.history]), flush=True
     )

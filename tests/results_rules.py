@@ -1,10 +1,14 @@
-"""The required contents of results files, both those of tests and those of the repository."""
+"""Rules for results files, both those that tests write and those in the repository."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+# What the results files say is held to 95 %, and 90 % for CLIP prefix, which sees one vector
+# (tests/test_results.py). Training anew may fall a little below where that is close: sums depend on
+# the processor and on where tensors lie.
+TRUE = {"show_tell": 0.93, "attend_tell": 0.94, "clip_prefix": 0.85}
 METRICS = {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "CIDEr-D"}
 SCORES = METRICS | {
     "BLEU-4 on the wrong images",

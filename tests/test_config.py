@@ -8,20 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from capgen_utils import config, presets
+from capgen_utils import presets
+from capgen_utils.common import device as devices
 from capgen_utils.common.device import choose_device, choose_dtype
 from capgen_utils.common.files import CapGenError
-from capgen_utils.common.paths import data_dir
+from capgen_utils.common.paths import REPOSITORY, data_dir
 from capgen_utils.config import (
     SMALL_CLIP,
     DecodingConfig,
+    Recipe,
     TrainingConfig,
     TransformerConfig,
     from_dict,
 )
 from capgen_utils.data.datasets import DATASETS
 from capgen_utils.models import MODELS
-from capgen_utils.presets import PRESETS, Preset, Recipe, get_preset
+from capgen_utils.presets import PRESETS, Preset, get_preset
 from capgen_utils.vision.encoders import ENCODERS
 
 
@@ -32,7 +34,7 @@ def test_presets_name_things_that_exist_and_fit_together(name: str) -> None:
     assert set(preset.models) == set(MODELS), "every captioner, in every preset"
     for model in preset.models:
         recipe = preset.recipe(model)
-        assert isinstance(recipe.config, MODELS[model][1])
+        assert isinstance(recipe.config, MODELS[model].Config)
         assert recipe.encoder in {*ENCODERS, SMALL_CLIP} and recipe.tokenizer in (
             "word",
             "clip",
@@ -128,7 +130,7 @@ def test_what_is_allowed() -> None:
 
 
 def test_every_hyperparameter_is_described() -> None:
-    kinds = [kind for _, kind in MODELS.values()]
+    kinds = [model.Config for model in MODELS.values()]
     for kind in (*kinds, TrainingConfig, DecodingConfig, Preset, Recipe):
         text = kind.__doc__ or ""
         assert [f.name for f in fields(kind) if not re.search(rf"\b{f.name}\b[^\n]*:", text)] == []
@@ -152,7 +154,7 @@ def test_the_data_folder_is_named_by_a_variable(
         lambda: monkeypatch.delenv("CAPGEN_DATA"),
     ):
         unset()
-        assert data_dir() == config.REPOSITORY / "data"
+        assert data_dir() == REPOSITORY / "data"
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "tpu"])
@@ -181,7 +183,7 @@ def test_bf16_only_where_the_card_has_it(
 
 def test_dtypes_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(config, "cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr(devices, "cpu_has_bf16", lambda has=has: has)
         assert choose_dtype(torch.device("cpu")) == dtype
     assert choose_dtype(torch.device("mps")) == torch.float32
     with pytest.raises(CapGenError, match="fp64"):

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import ROOT, need
-from test_project import repository_files
+from helpers import ROOT, need, repository_files
 
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

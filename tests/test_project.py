@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import repository_files
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -29,25 +30,6 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|mnt|opt|srv|work)/
 # machine.
 PATHS_ALLOWED: dict[str, str] = {"Dockerfile": "inside the image"}
 PICKLING = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve"}
-
-
-@functools.cache
-def repository_files() -> tuple[Path, ...]:
-    """Files that are tracked, or new and not ignored; all files where this is no clone."""
-    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
-    if (ROOT / ".git").exists() and shutil.which("git"):
-        listed = (
-            subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-            .stdout.decode()
-            .split("\0")
-        )
-        paths = [ROOT / name for name in listed if name]
-    else:
-        written = re.compile(
-            r"(^|/)(\.(?!ci/|gitignore$)|__pycache__/|[^/]*\.egg-info/|build/|course-output/|runs/)"
-        )
-        paths = [p for p in ROOT.rglob("*") if not written.search(p.relative_to(ROOT).as_posix())]
-    return tuple(sorted(path for path in paths if path.is_file()))
 
 
 def text_files() -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ import torch
 from browser_helpers import Visit, chromium
 from helpers import PHOTOS, capgen, need
 from serving_helpers import ServeProcess
-from test_widgets import captions_of, upload
+from show_helpers import captions_of, upload
 
 from capgen_utils.captioner import DEFAULT_BUNDLE, Captioner
 from capgen_utils.decoding.captions import Caption

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from helpers import PHOTOS, ROOT, run_python
+from results_rules import TRUE
 from safetensors import safe_open
-from test_shapes_captioner import TRUE
 
 from capgen_utils.apps.authoring.course import find_notebooks, run_notebook
 from capgen_utils.bundle import load_bundle

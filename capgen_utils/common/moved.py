@@ -76,7 +76,6 @@ _NAMES = {
     "config.train_anew": "common.paths",
     "contrastive.RANKS": "training.clip_loss",
     "contrastive.SAMPLE": "training.clip_loss",
-    "contrastive.Texts": "training.clip_loss",
     "contrastive.info_nce": "training.clip_loss",
     "contrastive.measure": "training.clip_loss",
     "contrastive.recall": "training.clip_loss",
@@ -133,13 +132,11 @@ _NAMES = {
     "text.join_words": "text.ptb",
     "text.tokenise": "text.ptb",
     "training.DEV_PROTOCOL": "training.trainer",
-    "training.Progress": "training.trainer",
+    "training.Progress": "training.loop",
     "training.SAMPLES": "training.trainer",
     "training.Trainer": "training.trainer",
-    "training.learning_rate": "training.trainer",
-    "training.make_optimizer": "training.trainer",
-    "training.pack_optimizer": "training.trainer",
-    "training.unpack_optimizer": "training.trainer",
+    "training.learning_rate": "training.loop",
+    "training.make_optimizer": "training.loop",
 }
 
 

@@ -1,6 +1,6 @@
 """Where a captioner looks for each word: attention maps by layer and head (notebook 10)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,9 +14,6 @@ from capgen_utils.data.images import ImageLike
 from capgen_utils.decoding.captions import NextWord
 from capgen_utils.decoding.logits import allowed
 from capgen_utils.decoding.run import word_attention
-from capgen_utils.models.base import Grouping
-from capgen_utils.models.clip_gpt2 import Gpt2Decoder
-from capgen_utils.models.transformer import TransformerCaptioner
 from capgen_utils.text.words import Tokenizer
 from capgen_utils.vision.grid import grid_side, upsample
 from capgen_utils.vision.preprocessing import Preprocessing
@@ -95,50 +92,10 @@ def layer_attention(model: Any, memory: Any, tokens: Tensor) -> tuple[list[Tenso
     Returns:
         Two lists, empty for a captioner that is no stack of such layers.
     """
-    if isinstance(model, TransformerCaptioner):
-        found = list(_transformer_layers(model, memory, tokens))
-    elif isinstance(model, Gpt2Decoder):
-        found = list(_gpt2_layers(model, memory, tokens))
-    else:
-        return [], []
-    return [cross[0].mean(0).cpu() for cross, _ in found], [
-        own[0].mean(0).cpu() for _, own in found
-    ]
-
-
-def _transformer_layers(
-    model: TransformerCaptioner, memory: Any, tokens: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    grouping = Grouping(tokens.new_zeros(1), 1)
-    x = model.embed(tokens) + model.position[: tokens.shape[1]]  # (1, T, d_model)
-    for i, layer in enumerate(model.decoder_layers()):
-        query, key, value = layer.project_self(x)
-        x = layer.add_self(x, query, key, value, causal=True)
-        x, cross = layer.add_cross(x, memory.keys[i], memory.values[i], grouping, attention=True)
-        x = layer.add_feed(x)
-        if cross is not None:
-            yield cross, _causal(query, key)
-
-
-def _gpt2_layers(
-    model: Gpt2Decoder, memory: Any, tokens: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    grouping = Grouping(tokens.new_zeros(1), 1)
-    x = model.embed(tokens)  # (1, T, n_embd)
-    for i in range(model.config.n_layer):
-        query, key, value = model.project_self(i, x)
-        x = model.add_self(i, x, query, key, value, causal=True)
-        x, cross = model.add_image(i, x, memory, grouping, attention=True)
-        x = model.add_feed(i, x)
-        if cross is not None:
-            yield cross, _causal(query, key)
-
-
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """Return the weights (M, heads, T, T) of self-attention, in which no word sees a later one."""
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill(later, -torch.inf).softmax(-1)
+    layers = list(model.attention_by_layer(memory, tokens))
+    over_image = [weights[0].mean(0).cpu() for weights, _ in layers]  # (T, N) each
+    over_words = [weights[0].mean(0).cpu() for _, weights in layers]  # (T, T) each
+    return over_image, over_words
 
 
 class Word(NamedTuple):

@@ -1,73 +1,67 @@
-"""The captioners, one file each, and the registry that makes them by name."""
+"""The captioners, one file each, and the registry that makes them by name (notebooks 03 to 07)."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from capgen_utils.common.files import CapGenError
-from capgen_utils.config import (
-    AttendTellConfig,
-    ClipGpt2Config,
-    ClipPrefixConfig,
-    ShowTellConfig,
-    TransformerConfig,
-    from_dict,
-)
+from capgen_utils.config import from_dict
 from capgen_utils.models.attend_tell import AttendTellCaptioner
-from capgen_utils.models.base import IGNORED, CaptionModel, Grouping, State, caption_loss
+from capgen_utils.models.base import IGNORED, CaptionModel, State, caption_loss
 from capgen_utils.models.clip_gpt2 import ClipGpt2Captioner
 from capgen_utils.models.clip_prefix import ClipPrefixCaptioner
 from capgen_utils.models.show_tell import ShowTellCaptioner
 from capgen_utils.models.transformer import TransformerCaptioner
 from capgen_utils.text.words import Tokenizer
 
-# Model name -> (class, class of its hyperparameters). A new captioner is one file and one line
-# here.
-MODELS: dict[str, tuple[type[CaptionModel], type]] = {
-    ShowTellCaptioner.name: (ShowTellCaptioner, ShowTellConfig),
-    AttendTellCaptioner.name: (AttendTellCaptioner, AttendTellConfig),
-    TransformerCaptioner.name: (TransformerCaptioner, TransformerConfig),
-    ClipPrefixCaptioner.name: (ClipPrefixCaptioner, ClipPrefixConfig),
-    ClipGpt2Captioner.name: (ClipGpt2Captioner, ClipGpt2Config),
+# A new captioner is one file (its hyperparameters, its class, its recipe) and one line here.
+MODELS: dict[str, type[CaptionModel]] = {
+    ShowTellCaptioner.name: ShowTellCaptioner,
+    AttendTellCaptioner.name: AttendTellCaptioner,
+    TransformerCaptioner.name: TransformerCaptioner,
+    ClipPrefixCaptioner.name: ClipPrefixCaptioner,
+    ClipGpt2Captioner.name: ClipGpt2Captioner,
 }
-
-
 __all__ = [
     "IGNORED",
     "MODELS",
     "CaptionModel",
-    "Grouping",
     "State",
     "TransformerCaptioner",
     "build_model",
     "caption_loss",
     "feature_of",
+    "model_class",
     "model_config",
 ]
+
+
+def model_class(name: str) -> type[CaptionModel]:
+    """Return the captioner's class.
+
+    Raises:
+        CapGenError: there is no such model; lists the models.
+    """
+    if name not in MODELS:
+        raise CapGenError(f"there is no model {name!r}", f"choose one of {', '.join(MODELS)}")
+    return MODELS[name]
 
 
 def model_config(name: str, values: Mapping[str, Any]) -> Any:
     """Return the hyperparameters of model ``name`` from JSON values.
 
     Raises:
-        CapGenError: no such model, or hyperparameters it does not have.
+        CapGenError: there is no such model, or it has no such hyperparameter.
     """
-    _model_class(name)
-    return from_dict(MODELS[name][1], values)
+    return from_dict(model_class(name).Config, values)
 
 
 def feature_of(name: str, config: Any) -> str:
     """Return the encoder output that model ``name`` with hyperparameters ``config`` reads.
 
     Raises:
-        CapGenError: no such model.
+        CapGenError: there is no such model.
     """
-    return _model_class(name).feature_of(config)
-
-
-def _model_class(name: str) -> type[CaptionModel]:
-    if name not in MODELS:
-        raise CapGenError(f"there is no model {name!r}", f"choose one of {', '.join(MODELS)}")
-    return MODELS[name][0]
+    return model_class(name).feature_of(config)
 
 
 def build_model(
@@ -78,11 +72,11 @@ def build_model(
     Args:
         name: a key of ``MODELS``.
         config: its hyperparameters.
-        tokenizer: of the captions it will say.
+        tokenizer: of the captions.
         feature_shape: of one image's features, such as (49, 1280).
 
     Raises:
-        CapGenError: no such model, or hyperparameters that do not fit together.
+        CapGenError: there is no such model, or its hyperparameters are inconsistent.
     """
     unknown = getattr(tokenizer, "unk_id", tokenizer.pad_id)
-    return _model_class(name)(config, len(tokenizer), feature_shape, unknown)  # type: ignore[call-arg]
+    return model_class(name)(config, len(tokenizer), feature_shape, unknown)  # type: ignore[call-arg]

@@ -1,5 +1,4 @@
-"""ResNet + MLP attention + LSTM: at every word the captioner looks at the grid anew ("Show, Attend
-and Tell", arXiv 1502.03044, soft attention)."""
+"""ResNet + MLP attention + LSTM: "Show, Attend and Tell", arXiv 1502.03044 (notebook 04)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capgen_utils.common.sinusoids import grid_sinusoids
-from capgen_utils.config import AttendTellConfig
+from capgen_utils.config import RECIPES, AttendTellConfig
 from capgen_utils.models.base import IGNORED, CaptionModel, Memory, SharedState, caption_loss
 from capgen_utils.models.layers import dropout, hide_words
 
@@ -19,9 +18,9 @@ class AttendTellMemory(Memory):
     """What is computed once for each of B images.
 
     Attributes:
-        values: (B, N, hidden), the grid vectors that the context is a mean of.
-        keys: (B, N, attention), their part in the attention's hidden layer.
-        hidden, cell: (B, hidden), the LSTM's first state, made from the mean vector.
+        values: (B, N, hidden), the grid vectors; the context is their weighted mean.
+        keys: (B, N, attention), their contribution to the attention's hidden layer.
+        hidden, cell: (B, hidden), the LSTM's first state, from the mean grid vector.
     """
 
     values: Tensor
@@ -31,18 +30,22 @@ class AttendTellMemory(Memory):
 
 
 class AttendTellCaptioner(CaptionModel):
-    """An LSTM whose every step reads the last word and the part of the image it looks at.
+    """An LSTM that reads, at every step, the last word and the attended part of the image.
 
     Args:
         config: hyperparameters.
         vocabulary_size: V.
         feature_shape: (N, D) of the encoder's grid.
-        unk_id: the id that word dropout writes over hidden words.
+        unk_id: the id that word dropout replaces words by.
     """
 
     name = "attend_tell"
     feature = "grid"
-    chunks = 2  # every step of the LSTM has its cost, so few long chunks are faster than many of one length
+    Config = AttendTellConfig
+    recipe = RECIPES[name]
+    chunks = (
+        2  # each LSTM step has a fixed cost, so few long chunks are faster than many short ones
+    )
 
     def __init__(
         self,
@@ -64,10 +67,8 @@ class AttendTellCaptioner(CaptionModel):
         self.score = nn.Parameter(torch.randn(config.attention_size) * config.attention_size**-0.5)
         self.gate = nn.Linear(width, width)
         self.embedding = nn.Embedding(vocabulary_size, words)
-        self.word_gates, self.gates = (
-            nn.Linear(words, 4 * width),
-            nn.Linear(2 * width, 4 * width, bias=False),
-        )
+        self.word_gates = nn.Linear(words, 4 * width)
+        self.gates = nn.Linear(2 * width, 4 * width, bias=False)
         self.output = nn.Linear(2 * width + words, words)
         self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
         nn.init.normal_(self.embedding.weight, std=words**-0.5)
@@ -76,7 +77,7 @@ class AttendTellCaptioner(CaptionModel):
         """(B, N, D) grid features -> values, keys and the first state."""
         values = self.image_norm(self.image_projection(features)) + self.image_position
         values = dropout(values, self.config.dropout, self.training)  # (B, N, hidden)
-        mean = values.mean(1)
+        mean = values.mean(1)  # (B, hidden)
         return AttendTellMemory(
             values,
             self.key(values),
@@ -85,15 +86,13 @@ class AttendTellCaptioner(CaptionModel):
         )
 
     def look(self, hidden: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Additive attention (arXiv 1409.0473): score = v . tanh(key + query), weights = softmax
-        over the grid.
+        """Additive attention (arXiv 1409.0473): the softmax over the grid of v . tanh(key + query).
 
-        It runs in fp32 also under autocast: the tanh of so many numbers is several times slower in
-            bf16 on a CPU.
+        It runs in fp32 even under autocast: on a CPU, tanh is several times slower in bf16.
 
         Args:
-            hidden: (M, hidden) of each caption's LSTM.
-            keys, values: (M, N, attention) and (M, N, hidden) of its image.
+            hidden: (M, hidden), the LSTM's state for each caption.
+            keys, values: (M, N, attention) and (M, N, hidden), of the caption's image.
 
         Returns:
             The gated context (M, hidden), and the weights (M, N).
@@ -101,7 +100,7 @@ class AttendTellCaptioner(CaptionModel):
         query = self.query(hidden)  # (M, attention)
         with torch.autocast(hidden.device.type, enabled=False):
             scores = torch.tanh(keys.float() + query.float()[:, None]) @ self.score  # (M, N)
-            weights = scores.softmax(-1)
+            weights = scores.softmax(-1)  # (M, N)
             context = (weights[:, None] @ values.float())[:, 0]  # (M, hidden)
         return torch.sigmoid(self.gate(hidden)) * context, weights
 
@@ -111,26 +110,24 @@ class AttendTellCaptioner(CaptionModel):
         """One LSTM step (Hochreiter and Schmidhuber 1997).
 
         Args:
-            gates: (M, 4 x hidden), what the word says to the gates; computed for all words of a
-                caption at once.
+            gates: (M, 4 x hidden), the word's contribution to the gates, computed for all words of
+                a caption at once.
             context, hidden, cell: (M, hidden).
         """
-        gates = (gates + self.gates(torch.cat([context, hidden], -1))).float()
+        gates = (gates + self.gates(torch.cat([context, hidden], -1))).float()  # (M, 4 x hidden)
         enter, keep, show, new = gates.chunk(4, -1)
         cell = torch.sigmoid(keep) * cell + torch.sigmoid(enter) * torch.tanh(new)
         return torch.sigmoid(show) * torch.tanh(cell), cell
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (...) -> (..., embed), scaled to unit size: the same matrix also scores the
-        output."""
+        """Token ids (...) -> (..., embed), scaled to unit size; the output shares the matrix."""
         return dropout(
             self.embedding(tokens) * self.config.embed_size**0.5, self.config.dropout, self.training
         )
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., 2 x hidden + embed) -> (..., V): the deep output layer; its last matrix is the
-        embedding."""
-        x = torch.tanh(self.output(dropout(x, self.config.dropout, self.training)))
+        """(..., 2 x hidden + embed) -> (..., V); the output matrix is the embedding."""
+        x = torch.tanh(self.output(dropout(x, self.config.dropout, self.training)))  # (..., embed)
         return F.linear(
             dropout(x, self.config.dropout, self.training), self.embedding.weight, self.output_bias
         )
@@ -138,18 +135,17 @@ class AttendTellCaptioner(CaptionModel):
     def unroll(
         self, memory: AttendTellMemory, tokens: Tensor, image: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Read whole captions; returns logits (M, T, V) and where each step looked, (M, T, N)."""
-        keys, values, hidden, cell = (
-            part[image] for part in (memory.keys, memory.values, memory.hidden, memory.cell)
-        )
+        """Read whole captions; return logits (M, T, V) and attention weights (M, T, N)."""
+        keys, values = memory.keys[image], memory.values[image]  # (M, N, attention), (M, N, hidden)
+        hidden, cell = memory.hidden[image], memory.cell[image]  # (M, hidden)
         words = self.embed(hide_words(tokens, self.config.word_dropout, self.unk_id, self.training))
         gates = self.word_gates(words)  # (M, T, 4 x hidden)
         outputs: list[Tensor] = []
         weights: list[Tensor] = []
         for t in range(tokens.shape[1]):
-            word, word_gates = words[:, t], gates[:, t]
+            word, word_gates = words[:, t], gates[:, t]  # (M, embed), (M, 4 x hidden)
             if t and self.training and self.teacher_forcing < 1:
-                word = self._sometimes_own(word, outputs[-1])
+                word = self._sometimes_predicted(word, outputs[-1])
                 word_gates = self.word_gates(word)
             context, looked = self.look(hidden, keys, values)
             hidden, cell = self.advance_lstm(word_gates, context, hidden, cell)
@@ -157,17 +153,16 @@ class AttendTellCaptioner(CaptionModel):
             weights.append(looked)
         return self.logits(torch.stack(outputs, 1)), torch.stack(weights, 1)
 
-    @torch.no_grad()
-    def _own_words(self, output: Tensor) -> Tensor:
-        return torch.distributions.Categorical(logits=self.logits(output).float()).sample()
-
-    def _sometimes_own(self, true: Tensor, output: Tensor) -> Tensor:
-        """Scheduled sampling: some captions read the word they would have said themselves."""
-        own = torch.rand(len(true), 1, device=true.device) >= self.teacher_forcing
-        return torch.where(own, self.embed(self._own_words(output)), true)
+    def _sometimes_predicted(self, true: Tensor, output: Tensor) -> Tensor:
+        """Scheduled sampling: some captions read a word sampled from the model (M, embed)."""
+        predicted = torch.rand(len(true), 1, device=true.device) >= self.teacher_forcing
+        with torch.no_grad():
+            logits = self.logits(output).float()  # (M, V)
+            tokens = torch.distributions.Categorical(logits=logits).sample()  # (M,)
+        return torch.where(predicted, self.embed(tokens), true)
 
     def advance(self, share: float) -> None:
-        """Let the share of true words fall linearly; see ``CaptionModel.advance``."""
+        """Reduce the share of true words linearly; see ``CaptionModel.advance``."""
         self.teacher_forcing = 1 + share * (self.config.teacher_forcing - 1)
 
     def forward(self, memory: AttendTellMemory, tokens: Tensor, image: Tensor) -> Tensor:
@@ -182,11 +177,11 @@ class AttendTellCaptioner(CaptionModel):
         targets: Tensor,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Cross-entropy; while training also the doubly stochastic penalty: over a caption each
-        place is seen once.
+        """Cross-entropy; while training also the doubly stochastic penalty.
 
-        The penalty of a caption is mean over places of (1 - sum over its steps of the weight)^2,
-        times its tokens, so that the total over a batch can be divided by the number of tokens.
+        The penalty draws the summed attention of a caption to 1 at each grid position: the mean
+        over positions of (1 - sum of the weights over steps)^2, times the caption's tokens, so that
+        the total of a batch can be divided by the number of tokens.
         """
         logits, weights = self.unroll(memory, tokens, image)
         total = caption_loss(logits, targets, label_smoothing)
@@ -194,24 +189,21 @@ class AttendTellCaptioner(CaptionModel):
             return total
         real = targets != IGNORED  # (M, T)
         seen = (weights * real[..., None]).sum(1)  # (M, N)
-        penalty = ((1 - seen) ** 2).mean(1) * real.sum(1)
+        penalty = ((1 - seen) ** 2).mean(1) * real.sum(1)  # (M,)
         return total + self.config.doubly_stochastic * penalty.sum()
 
     def start(self, memory: AttendTellMemory) -> SharedState:
-        """The state before the first token, one hypothesis an image."""
+        """The state before the first token, one hypothesis per image."""
         return SharedState.new(memory, memory.hidden[None], memory.cell[None])
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
-        """One word; see ``CaptionModel.step``. The weights are named ``attention``, one head."""
+        """One token; see ``CaptionModel.step``. The weights are named ``attention``, one head."""
         memory, image, word = state.memory, state.image, self.embed(tokens)
         hidden, cell = state.cache[0][0], state.cache[1][0]
         context, weights = self.look(hidden, memory.keys[image], memory.values[image])
         hidden, cell = self.advance_lstm(self.word_gates(word), context, hidden, cell)
-        looked = {"attention": weights[:, None]} if attention else {}
-        return (
-            self.logits(torch.cat([hidden, context, word], -1)),
-            state.after(hidden[None], cell[None]),
-            looked,
-        )
+        looked = {"attention": weights[:, None]} if attention else {}  # (M, 1, N)
+        logits = self.logits(torch.cat([hidden, context, word], -1))  # (M, V)
+        return logits, state.after(hidden[None], cell[None]), looked

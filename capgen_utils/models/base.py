@@ -1,41 +1,63 @@
-"""What every captioner is to the rest of the package: four methods, and a state that decoding can
-reorder."""
+"""What every captioner is to the rest of the package: four methods and a state (notebook 03)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capgen_utils.config import Recipe
+from capgen_utils.text.words import Tokenizer
+
 IGNORED = -100  # the target of padding
 
 
 class State(Protocol):
-    """What a captioner remembers between two steps of decoding."""
+    """What a captioner remembers between two decoding steps."""
 
     def select(self, rows: Tensor) -> Self:
-        """Return the state of hypotheses ``rows`` (M',): reordered, dropped or repeated; images
-        stay shared."""
+        """Return the state of hypotheses ``rows`` (M',), in that order; rows may repeat."""
         ...
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """Trained networks that a new captioner can start from.
+
+    Attributes:
+        tokenizer: of the captioner.
+        language_model: returns the folder of ``gpt2-mini``, training it first if necessary.
+        clip: the CLIP whose image half is the encoder, a ``DualEncoder``; ``None`` if there is
+            none.
+    """
+
+    tokenizer: Tokenizer
+    language_model: Callable[[], Path]
+    clip: Any = None
+
+
 class CaptionModel(nn.Module, ABC):
-    """A captioner: features of images in, scores of next words out.
+    """A captioner: image features in, logits of the next token out.
 
     Class attributes:
         name: key in ``models.MODELS``.
         feature: the encoder output it reads, such as ``grid``.
-        chunks: parts of about one caption length that a training batch is read in.
-        select_by_loss: the best epoch is the one with the lowest dev loss, and no dev captions are
-            generated; else the one with the highest BLEU-4.
+        Config: the dataclass of its hyperparameters.
+        recipe: how it is trained by presets that have no recipe for it.
+        chunks: number of parts, sorted by caption length, that a training batch is split into.
+        select_by_loss: choose the best epoch by dev loss and generate no dev captions; otherwise
+            ``TrainingConfig.best_by`` decides.
     """
 
     name: str
     feature: str
+    Config: type
+    recipe: Recipe
     chunks: int = 4
     select_by_loss: bool = False
     config: Any
@@ -45,13 +67,30 @@ class CaptionModel(nn.Module, ABC):
         """Return the encoder output that a captioner with these hyperparameters reads."""
         return cls.feature
 
+    @classmethod
+    def fit_config(cls, config: Any, clip: Any = None) -> Any:
+        """Return ``config`` with the sizes of the trained networks that ``load_pretrained`` copies.
+
+        Args:
+            config: hyperparameters.
+            clip: as in ``Pretrained``.
+        """
+        return config
+
+    def load_pretrained(self, source: Pretrained) -> None:
+        """Copy the weights of trained networks into a new captioner; by default there are none.
+
+        Raises:
+            CapGenError: the networks are not available, or do not fit.
+        """
+
     @abstractmethod
     def encode(self, features: Tensor) -> Any:
-        """Compute once all that belongs to an image. ``features`` (B, ...) -> memory."""
+        """Compute everything that belongs to an image once. ``features`` (B, ...) -> memory."""
 
     @abstractmethod
     def forward(self, memory: Any, tokens: Tensor, image: Tensor) -> Tensor:
-        """Score next words with the true previous ones given (teacher forcing).
+        """Score the next token at every position, given the true ones before it (teacher forcing).
 
         Args:
             memory: from ``encode``, of B images.
@@ -65,7 +104,7 @@ class CaptionModel(nn.Module, ABC):
 
     @abstractmethod
     def start(self, memory: Any) -> State:
-        """Return the state before the first word, one hypothesis for each image of ``memory``."""
+        """Return the state before the first token, one hypothesis for each image of ``memory``."""
 
     @abstractmethod
     def step(
@@ -74,9 +113,9 @@ class CaptionModel(nn.Module, ABC):
         """Read one token for each live hypothesis.
 
         Args:
-            tokens: (M,) the newest token of each hypothesis.
-            state: from ``start`` or the step before.
-            attention: also return where each head looked.
+            tokens: (M,), the newest token of each hypothesis.
+            state: from ``start`` or the previous step.
+            attention: also return the attention weights over the image.
 
         Returns:
             Logits (M, V) of the next token, the new state, and weights: name -> (M, heads, N),
@@ -91,23 +130,38 @@ class CaptionModel(nn.Module, ABC):
         targets: Tensor,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Return what training minimises, summed over the targets: cross-entropy, unless a
-        captioner adds to it.
+        """Return the training loss, summed over the targets; by default the cross-entropy.
 
         Args:
             memory, tokens, image: as in ``forward``.
-            targets: (M, T), the token that follows each position; ``IGNORED`` where there is none.
+            targets: (M, T), the token that follows each position; ``IGNORED`` after the last one.
             label_smoothing: share of the target probability spread evenly over the vocabulary.
         """
         return caption_loss(self(memory, tokens, image), targets, label_smoothing)
 
     def advance(self, share: float) -> None:
-        """Hear before each training step which ``share`` of training is done (0 to 1); schedules
-        hang on it."""
+        """Called before each training step with the fraction of training completed, for schedules.
+
+        Args:
+            share: 0 at the first step, 1 at the end.
+        """
+
+    def attention_by_layer(self, memory: Any, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the attention weights of each decoder layer over one caption, for rollout.
+
+        Args:
+            memory: of one image.
+            tokens: (1, T), from the start token on.
+
+        Yields:
+            Over the image (1, heads, T, N) and over the tokens (1, heads, T, T); nothing unless the
+            captioner is a stack of such layers.
+        """
+        yield from ()
 
 
 def caption_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return cross-entropy in nats, summed over all targets but ``IGNORED`` ones.
+    """Return the cross-entropy in nats, summed over all targets except ``IGNORED``.
 
     Args:
         logits: (M, T, V).
@@ -124,27 +178,26 @@ def caption_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) 
 
 
 class Grouping:
-    """Puts the captions of one image side by side, so that they share its keys and values without a
-    copy.
+    """Groups captions by image, so that they share its keys and values without a copy.
 
-    Caption m becomes slot ``slot[m]`` of row ``image[m]`` in a tensor (B, S, ...), S being the
-    largest number of captions an image has. Where every image has S of them in order, this is a
+    Caption m becomes one of the S slots of row ``image[m]`` in a tensor (B, S, ...), where S is the
+    largest number of captions per image. If every image has S captions in order, grouping is a
     plain view.
     """
 
     def __init__(self, image: Tensor, images: int) -> None:
-        counts = torch.bincount(image, minlength=images)
-        order = torch.argsort(image, stable=True)
-        first = torch.cumsum(counts, 0) - counts
-        rank = torch.empty_like(image)
+        counts = torch.bincount(image, minlength=images)  # (B,)
+        order = torch.argsort(image, stable=True)  # (M,)
+        first = torch.cumsum(counts, 0) - counts  # (B,), captions of the images before
+        rank = torch.empty_like(image)  # (M,), the slot within the image
         rank[order] = torch.arange(len(image), device=image.device) - first[image[order]]
         self.images, self.slots = images, int(counts.max()) if len(image) else 0
-        self.position = image * self.slots + rank
+        self.position = image * self.slots + rank  # (M,), row in (B * S, ...)
         in_order = torch.arange(images * self.slots, device=image.device)
         self.plain = len(image) == images * self.slots and torch.equal(self.position, in_order)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """(M, ...) -> (B, S, ...); slots without a caption hold zeros."""
+        """(M, ...) -> (B, S, ...); empty slots hold zeros."""
         if not self.plain:
             padded = rows.new_zeros(self.images * self.slots, *rows.shape[1:])
             rows = padded.index_copy(0, self.position, rows)
@@ -158,8 +211,7 @@ class Grouping:
 
 @dataclass
 class Memory:
-    """What is computed once for B images: every field is a tensor whose dimension ``axis`` counts
-    the images."""
+    """What is computed once for B images: tensors whose dimension ``axis`` counts the images."""
 
     axis: ClassVar[int] = 0
 
@@ -184,20 +236,18 @@ class Memory:
 
 
 class KeyValues:
-    """Keys and values of the T tokens that M hypotheses have read, in one block of memory for each
-    layer.
+    """Keys and values of the T tokens that M hypotheses have read, one block of memory per layer.
 
-    There is room for some more tokens, so that a new one is written in place and the old ones stay
-    where they are; reordering copies them once. The states before and after a token share a block:
-    where a state is continued a second time, that continuation gets a block of its own. No gradient
-    flows back through a cache.
+    A block has spare room, so that a new token is written in place; reordering copies the block
+    once. The states before and after a token share a block. If a state is continued a second time,
+    that continuation gets a new block. No gradient flows back through a cache.
     """
 
-    room = 8  # more tokens that a new block can take
+    room = 8  # spare tokens of a new block
 
     def __init__(self, blocks: list[Tensor], length: int) -> None:
         self.blocks, self.length = blocks, length
-        self._written = [length]  # tokens in the blocks, known to all states that share them
+        self._written = [length]  # tokens in the blocks, shared by all their states
 
     @classmethod
     def new(cls, like: Tensor, layers: int, rows: int, heads: int, width: int) -> "KeyValues":
@@ -206,11 +256,11 @@ class KeyValues:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the blocks."""
         return self.blocks[0].device
 
     def longer(self) -> "KeyValues":
-        """Return the cache of one token more, for ``put`` to fill in."""
+        """Return a cache with room for one more token, which ``put`` fills in."""
         if self._written[0] != self.length or self.length == self.blocks[0].shape[1]:
             return self.select(None).longer()
         after = KeyValues(self.blocks, self.length + 1)
@@ -219,23 +269,19 @@ class KeyValues:
         return after
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the newest token's (M, heads, 1, width) and return those of all T: (M, heads, T,
-        width)."""
+        """Store the newest token's (M, heads, 1, width); return all T: (M, heads, T, width)."""
         block = self.blocks[layer]
         newest = block[:, self.length - 1]  # (M, 2, heads, width)
         newest[:, 0], newest[:, 1] = key[:, :, 0].detach(), value[:, :, 0].detach()
-        keys, values = (
-            block[:, : self.length].transpose(1, 3).unbind(2)
-        )  # of (M, heads, 2, T, width)
+        keys, values = block[:, : self.length].transpose(1, 3).unbind(2)  # (M, heads, T, width)
         return keys, values
 
     def at_first(self, first: Tensor, later: Tensor) -> Tensor:
-        """Return ``first`` where the newest token is the first one, else ``later``; both of the
-        same shape."""
+        """Return ``first`` at the first token, else ``later``; both have the same shape."""
         return first if self.length == 1 else later
 
     def select(self, rows: Tensor | None) -> "KeyValues":
-        """Return the cache of hypotheses ``rows`` (M',), or a copy of all, with room again."""
+        """Return the cache of hypotheses ``rows`` (M',), or a copy of all, with new room."""
         blocks, length = [], self.length
         for old in self.blocks:
             block = old.new_empty(
@@ -251,11 +297,10 @@ class KeyValues:
 
 @dataclass
 class SharedState:
-    """What decoding carries: the images' memory, shared, and what each of M hypotheses has for
-    itself.
+    """The decoding state: the shared memory of the images, and a cache for each of M hypotheses.
 
     Attributes:
-        memory: of B images; never copied for a hypothesis.
+        memory: of B images; never copied per hypothesis.
         image: (M,), the row of ``memory`` of each hypothesis.
         cache: tensors (layers, M, ...), or keys and values of the tokens read so far.
     """
@@ -266,12 +311,12 @@ class SharedState:
 
     @classmethod
     def new(cls, memory: Any, *cache: Tensor | KeyValues) -> Self:
-        """Return the state before the first token, one hypothesis an image."""
+        """Return the state before the first token, one hypothesis per image."""
         return cls(memory, torch.arange(memory.images, device=cache[0].device), cache)
 
     @cached_property
     def grouping(self) -> Grouping:
-        """The grouping of ``image``, kept while the set of hypotheses stays the same."""
+        """The grouping of ``image``, kept while the hypotheses stay the same."""
         return Grouping(self.image, self.memory.images)
 
     def after(self, *cache: Tensor | KeyValues) -> Self:
@@ -284,8 +329,8 @@ class SharedState:
     def select(self, rows: Tensor) -> Self:
         """Return the state of hypotheses ``rows`` (M',).
 
-        The images' memory is not copied, but for this: once half of the images have no hypothesis
-        left, the rest move together, so that finished captions cost nothing.
+        Memory is copied only when half of the images have no hypothesis left: the others are packed
+        together, so that finished captions cost nothing.
         """
         image, memory = self.image[rows], self.memory
         present = torch.unique(image)

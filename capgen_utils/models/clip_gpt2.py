@@ -1,8 +1,12 @@
-"""CLIP + GPT-2: a GPT-2 that looks at the image through cross-attention injected into each of its
-layers, between the self-attention, which stays frozen, and the MLP. The gates are Flamingo's (arXiv
-2204.14198)."""
+"""CLIP + GPT-2: cross-attention to the image, injected into each GPT-2 layer (notebook 07).
 
-from collections.abc import Mapping
+It stands between the self-attention, which stays frozen, and the MLP. The gates are Flamingo's
+(arXiv 2204.14198).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +15,36 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from capgen_utils.common.compat import import_torchvision
-from capgen_utils.common.files import CapGenError
+from capgen_utils.common.files import CapGenError, read_json
+from capgen_utils.common.hub import load_pretrained, read_config
 from capgen_utils.common.sinusoids import grid_sinusoids
-from capgen_utils.config import ClipGpt2Config
-from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, SharedState
-from capgen_utils.models.layers import attend, attend_images, dropout, hide_words
-from capgen_utils.models.transformer import TransformerMemory
+from capgen_utils.config import MINI, RECIPES, ClipGpt2Config
+from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, Pretrained, SharedState
+from capgen_utils.models.layers import (
+    TransformerMemory,
+    attend,
+    attend_images,
+    causal_weights,
+    dropout,
+    hide_words,
+)
+from capgen_utils.text.vocabulary import token_rows, tokenizer_from_json
+
+SIZES = ("n_embd", "n_layer", "n_head", "n_positions")
+WAYS = (
+    "provide a GPT-2 in one of three ways: (1) connect to the network once, to download the hub "
+    "model; (2) name a local folder in the hub's layout (config.json and model.safetensors) as "
+    f"language_model; (3) set language_model to {MINI}, which is pre-trained on the captions here"
+)
+# The GPT-2 that is computed here; a checkpoint with other settings is another model.
+FORM = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
 
 
 def gpt2_config(config: ClipGpt2Config, vocabulary_size: int, **more: Any) -> Any:
@@ -24,7 +52,7 @@ def gpt2_config(config: ClipGpt2Config, vocabulary_size: int, **more: Any) -> An
     import_torchvision()
     from transformers import GPT2Config
 
-    fields = {key: getattr(config, key) for key in ("n_embd", "n_layer", "n_head", "n_positions")}
+    fields = {key: getattr(config, key) for key in SIZES}
     fields |= {"bos_token_id": None, "eos_token_id": None} | more
     return GPT2Config(vocab_size=vocabulary_size, **fields)
 
@@ -32,28 +60,28 @@ def gpt2_config(config: ClipGpt2Config, vocabulary_size: int, **more: Any) -> An
 def project(layer: Any, x: Tensor) -> Tensor:
     """Apply one of GPT-2's ``Conv1D`` layers: (..., in) -> (..., out).
 
-    A module's call and the look-ups in it take a tenth of the time of a small product; decoding
-    makes thousands.
+    Calling the module would take a tenth of the time of a small product; decoding makes thousands.
     """
     return torch.addmm(layer.bias, x.flatten(0, -2), layer.weight).view(*x.shape[:-1], -1)
 
 
 class Gpt2Decoder(CaptionModel):
-    """GPT-2 as the language half of a captioner; on its own it ignores the image.
+    """GPT-2 as the language half of a captioner; this class ignores the image.
 
-    The library's modules hold the weights under the library's names; its layers are run here, with
-    room for the image between self-attention and MLP, a cache that decoding can reorder, and
+    The library's modules hold the weights under the library's names. The layers are run here, with
+    a hook for the image between self-attention and MLP, a cache that decoding can reorder, and
     attention that is fast on CPUs too.
 
     Args:
         config: hyperparameters.
         vocabulary_size: V.
-        unk_id: the id that word dropout writes over hidden words.
+        unk_id: the id that word dropout replaces words by.
 
     Raises:
-        CapGenError: sizes that do not fit together.
+        CapGenError: inconsistent sizes.
     """
 
+    Config = ClipGpt2Config
     looks = False  # at the image
 
     def __init__(self, config: ClipGpt2Config, vocabulary_size: int, unk_id: int) -> None:
@@ -61,8 +89,9 @@ class Gpt2Decoder(CaptionModel):
         parts = config.n_head * config.reduction
         if parts < 1 or config.n_embd % parts:
             raise CapGenError(
-                f"n_embd {config.n_embd} is no multiple of n_head {config.n_head} x reduction {config.reduction}",
-                "choose widths that divide",
+                f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head} x reduction "
+                f"{config.reduction}",
+                "choose another width, number of heads or reduction",
             )
         if config.seq_len > config.n_positions:
             raise CapGenError(
@@ -74,56 +103,51 @@ class Gpt2Decoder(CaptionModel):
 
         self.config, self.unk_id = config, unk_id
         self.gpt2: Any = GPT2Model(settings)
-        self._blocks: tuple[Any, ...] = tuple(
-            self.gpt2.h
-        )  # looking them up by number takes as long as a small product
-        for block in self._blocks:  # older releases keep causal masks, which nothing here reads
+        # A tuple: looking a layer up in a ModuleList takes as long as a small product.
+        self._blocks: tuple[Any, ...] = tuple(self.gpt2.h)
+        for block in self._blocks:  # older releases store causal masks, which are not needed here
             block.attn._buffers.clear()
 
     def embed(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """Token ids (M, T) at the places from ``first`` on -> (M, T, n_embd)."""
-        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-        return dropout(
-            self.gpt2.wte(tokens) + self.gpt2.wpe(places), self.config.dropout, self.training
-        )
+        """Token ids (M, T) at positions ``first``, ... -> (M, T, n_embd)."""
+        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)  # (T,)
+        x = self.gpt2.wte(tokens) + self.gpt2.wpe(positions)  # (M, T, n_embd)
+        return dropout(x, self.config.dropout, self.training)
 
     def project_self(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of layer i's self-attention: (M, T, n_embd) -> three (M, heads,
-        T, width)."""
+        """Layer i's query, key and value: (M, T, n_embd) -> three (M, heads, T, width)."""
         block = self._blocks[i]
-        together = project(block.attn.c_attn, block.ln_1(x)).unflatten(
-            -1, (3, self.config.n_head, -1)
-        )
-        query, key, value = together.permute(2, 0, 3, 1, 4).unbind()
+        x = project(block.attn.c_attn, block.ln_1(x))  # (M, T, 3 * n_embd)
+        x = x.unflatten(-1, (3, self.config.n_head, -1))  # (M, T, 3, heads, width)
+        query, key, value = x.permute(2, 0, 3, 1, 4).unbind()
         return query, key, value
 
     def add_self(
         self, i: int, x: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool
     ) -> Tensor:
         """Add layer i's self-attention to ``x`` (M, T, n_embd)."""
-        attended = attend(query, key, value, causal).transpose(1, 2).flatten(2)
-        return x + dropout(
-            project(self._blocks[i].attn.c_proj, attended), self.config.dropout, self.training
-        )
+        attended = attend(query, key, value, causal).transpose(1, 2).flatten(2)  # (M, T, n_embd)
+        attended = project(self._blocks[i].attn.c_proj, attended)
+        return x + dropout(attended, self.config.dropout, self.training)
 
     def add_image(
         self, i: int, x: Tensor, memory: Any, grouping: Grouping | None, attention: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Add what layer i reads from the image to ``x`` (M, T, n_embd): here nothing.
+        """Add layer i's cross-attention to the image to ``x`` (M, T, n_embd); here there is none.
 
         Returns:
-            The sum, and the weights (M, heads, T, N) where asked for.
+            The sum, and the weights (M, heads, T, N) if asked for.
         """
         return x, None
 
     def add_feed(self, i: int, x: Tensor) -> Tensor:
         """Add layer i's MLP to ``x`` (M, T, n_embd)."""
         block = self._blocks[i]
-        hidden = F.gelu(project(block.mlp.c_fc, block.ln_2(x)), approximate="tanh")
+        hidden = F.gelu(project(block.mlp.c_fc, block.ln_2(x)), approximate="tanh")  # (M, T, 4 * n)
         return x + dropout(project(block.mlp.c_proj, hidden), self.config.dropout, self.training)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., n_embd) -> (..., V): the final norm, then the token embedding as the output matrix."""
+        """(..., n_embd) -> (..., V): the final norm; the output matrix is the token embedding."""
         return F.linear(self.gpt2.ln_f(x), self.gpt2.wte.weight)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -149,20 +173,16 @@ class Gpt2Decoder(CaptionModel):
         return self.logits(x)
 
     def start(self, memory: Any) -> SharedState:
-        """The state before the first token, one hypothesis an image."""
+        """The state before the first token, one hypothesis per image."""
         heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
-        computed = next(
-            iter(memory.tensors().values())
-        )  # its device and dtype are those of the cache
-        return SharedState.new(
-            memory, KeyValues.new(computed, self.config.n_layer, memory.images, heads, width)
-        )
+        like = next(iter(memory.tensors().values()))  # the cache takes its device and dtype
+        cache = KeyValues.new(like, self.config.n_layer, memory.images, heads, width)
+        return SharedState.new(memory, cache)
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
-        """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are
-        named ``layer0`` ..."""
+        """One position with a cache; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
         cache = state.cache[0].longer()
         x = self.embed(tokens[:, None], cache.length - 1)  # (M, 1, n_embd)
         grouping = state.grouping if self.looks else None
@@ -174,17 +194,28 @@ class Gpt2Decoder(CaptionModel):
             x, looked = self.add_image(i, x, state.memory, grouping, attention)
             x = self.add_feed(i, x)
             if looked is not None:
-                weights[f"layer{i}"] = looked[:, :, 0]
+                weights[f"layer{i}"] = looked[:, :, 0]  # (M, heads, N)
         return self.logits(x[:, 0]), state.after(cache), weights
+
+    def attention_by_layer(self, memory: Any, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``CaptionModel.attention_by_layer``."""
+        grouping = Grouping(tokens.new_zeros(1), 1)
+        x = self.embed(tokens)  # (1, T, n_embd)
+        for i in range(self.config.n_layer):
+            query, key, value = self.project_self(i, x)  # (1, heads, T, width) each
+            x = self.add_self(i, x, query, key, value, causal=True)
+            x, looked = self.add_image(i, x, memory, grouping, attention=True)
+            x = self.add_feed(i, x)
+            if looked is not None:
+                yield looked, causal_weights(query, key)
 
 
 class ImageAttention(nn.Module):
-    """The caption's half of one injected cross-attention; the image's half is computed once for all
-    layers.
+    """The query side of one injected cross-attention; keys and values are computed per image.
 
     Args:
-        config: hyperparameters. Without a gate the output starts small, so that the sum of all
-            layers does too; with one it adds nothing until training opens the gate.
+        config: hyperparameters. With a gate the layer adds nothing until training opens the gate;
+            without one its output starts small, so that the sum over layers stays small.
     """
 
     def __init__(self, config: ClipGpt2Config) -> None:
@@ -200,26 +231,27 @@ class ImageAttention(nn.Module):
             nn.init.normal_(self.out.weight, std=(3 * config.n_layer * width) ** -0.5)
 
     def opened(self, x: Tensor) -> Tensor:
-        """Multiply what was read by tanh(gate), where there is a gate."""
+        """Multiply ``x`` by tanh(gate), if there is a gate."""
         return x if self.gate is None else x * torch.tanh(self.gate)
 
 
 class ClipGpt2Captioner(Gpt2Decoder):
-    """Image vectors -> keys and values of every layer, once an image -> words, one at a time.
+    """Image vectors -> keys and values of every layer, once per image -> words, one at a time.
 
     Layer: x = x + attn(ln_1(x)); x = x + tanh(gate) cross(norm(x), image); x = x + mlp(ln_2(x)).
-    Trained are the cross-attentions with their norms, ln_2 and the MLPs, and the head; the rest of
+    Training updates the cross-attentions with their norms, ln_2, the MLPs and the head; the rest of
     GPT-2 is frozen.
 
     Args:
         config: hyperparameters.
         vocabulary_size: V.
         feature_shape: (N, D) of the encoder's grid.
-        unk_id: the id that word dropout writes over hidden words.
+        unk_id: the id that word dropout replaces words by.
     """
 
     name = "clip_gpt2"
     feature = "grid"
+    recipe = RECIPES[name]
     chunks = 2
     looks = True
 
@@ -246,17 +278,43 @@ class ClipGpt2Captioner(Gpt2Decoder):
             self.head = nn.Linear(config.n_embd, vocabulary_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
         self.start_head()
-        self._freeze()
-
-    def _freeze(self) -> None:
-        layers = [module for block in self.gpt2.h for module in (block.ln_1, block.attn)]
-        for module in (self.gpt2.wte, self.gpt2.wpe, self.gpt2.ln_f, *layers):
+        frozen = [module for block in self.gpt2.h for module in (block.ln_1, block.attn)]
+        for module in (self.gpt2.wte, self.gpt2.wpe, self.gpt2.ln_f, *frozen):
             module.requires_grad_(False)
+
+    @classmethod
+    def fit_config(cls, config: ClipGpt2Config, clip: Any = None) -> ClipGpt2Config:
+        """Return ``config`` with the sizes of its published GPT-2, if it names one.
+
+        Raises:
+            CapGenError: there is no such GPT-2; names the three ways to provide one.
+        """
+        source = config.language_model
+        return config if source == MINI else with_sizes_of(config, source)
+
+    def load_pretrained(self, source: Pretrained) -> None:
+        """Start from the language model that the hyperparameters name.
+
+        Raises:
+            CapGenError: it is not available, or does not fit.
+        """
+        name = self.config.language_model
+        if name != MINI:
+            load_language_model(self, name, getattr(source.tokenizer, "original_ids", None))
+            return
+        folder = source.language_model()
+        remedy = f"delete {folder} and {folder}-run: the next training creates them again"
+        vocabulary = tokenizer_from_json(read_json(folder / "tokenizer.json", remedy))
+        rows = token_rows(vocabulary, source.tokenizer)
+        if rows is None:
+            raise CapGenError(
+                f"the language model in {folder} was trained on another vocabulary", remedy
+            )
+        load_language_model(self, folder, rows)
 
     @torch.no_grad()
     def start_head(self) -> None:
-        """Let a head of its own begin as the token embedding, so that it scores words as GPT-2
-        does."""
+        """Initialise an untied head with the token embedding, so that it scores words as GPT-2."""
         if not self.config.tied_head:
             self.head.weight.copy_(self.gpt2.wte.weight)
 
@@ -264,7 +322,8 @@ class ClipGpt2Captioner(Gpt2Decoder):
         """(B, N, D) grid features -> keys and values of every layer."""
         if self.config.image_positions:
             features = self.image_norm(self.image_projection(features)) + self.image_position
-        keys_values = self.cross_keys_values(dropout(features, self.config.dropout, self.training))
+        features = dropout(features, self.config.dropout, self.training)  # (B, N, D or n_embd)
+        keys_values = self.cross_keys_values(features)  # (B, N, 2 * layers * width * heads)
         keys_values = keys_values.unflatten(-1, (2, self.config.n_layer, self.config.n_head, -1))
         keys, values = keys_values.permute(2, 3, 0, 4, 1, 5)  # each (layers, B, heads, N, width)
         return TransformerMemory(keys, values)
@@ -276,11 +335,72 @@ class ClipGpt2Captioner(Gpt2Decoder):
         cross: Any = self.cross[i]
         query = self.split_heads(cross.query(cross.norm(x)))  # (M, heads, T, width)
         read, weights = attend_images(query, memory.keys[i], memory.values[i], grouping, attention)
-        added = cross.opened(cross.out(read.transpose(1, 2).flatten(2)))
+        added = cross.opened(cross.out(read.transpose(1, 2).flatten(2)))  # (M, T, n_embd)
         return x + dropout(added, self.config.dropout, self.training), weights
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., n_embd) -> (..., V): the final norm, then the head or, where tied, the frozen token
-        embedding."""
+        """(..., n_embd) -> (..., V): the final norm, then the head or the tied token embedding."""
         weight = self.gpt2.wte.weight if self.config.tied_head else self.head.weight
         return F.linear(self.gpt2.ln_f(x), weight, self.output_bias)
+
+
+def with_sizes_of(config: ClipGpt2Config, source: str | Path) -> ClipGpt2Config:
+    """Return ``config`` with the sizes of the GPT-2 in ``source``; it may keep fewer positions.
+
+    Raises:
+        CapGenError: there is no GPT-2 in ``source``; names the three ways to provide one.
+    """
+    published = read_config(source, WAYS)
+    sizes: dict[str, Any] = {key: published.get(key) for key in SIZES}
+    if not all(type(value) is int and value > 0 for value in sizes.values()):
+        raise CapGenError(f"the config.json of {source} is not that of a GPT-2", WAYS)
+    sizes["n_positions"] = min(config.n_positions, sizes["n_positions"])
+    return replace(config, **sizes)
+
+
+def load_language_model(
+    captioner: ClipGpt2Captioner, source: str | Path, original_ids: Sequence[int] | None = None
+) -> None:
+    """Copy the weights of a published or local GPT-2 into ``captioner``.
+
+    An untied head starts as the token embedding.
+
+    Args:
+        captioner: of the same sizes; it may have fewer positions.
+        source: name on the hub, such as ``gpt2`` or ``distilgpt2``, or a local folder in the hub's
+            layout.
+        original_ids: for each of the captioner's tokens the row in the embedding of ``source``;
+            ``None`` if the vocabularies are equal.
+
+    Raises:
+        CapGenError: there is no GPT-2 in ``source``, or it does not fit; names the three ways to
+            provide one.
+    """
+    import_torchvision()
+    from transformers import GPT2LMHeadModel
+
+    model = load_pretrained(GPT2LMHeadModel, source, WAYS)
+    _check_form(model.config, captioner.config, source)
+    weights = model.transformer.state_dict()
+    table = weights["wte.weight"]  # (vocabulary of source, n_embd)
+    ids = range(len(table)) if original_ids is None else original_ids
+    if len(ids) != len(captioner.output_bias) or not all(0 <= i < len(table) for i in ids):
+        raise CapGenError(
+            f"the vocabulary of {source} ({len(table)} tokens) is not that of the captioner", WAYS
+        )
+    weights["wte.weight"] = table[torch.tensor(ids)]  # (V, n_embd)
+    weights["wpe.weight"] = weights["wpe.weight"][: captioner.config.n_positions]
+    captioner.gpt2.load_state_dict(weights)
+    captioner.start_head()
+
+
+def _check_form(published: Any, config: ClipGpt2Config, source: str | Path) -> None:
+    expected = FORM | {key: getattr(config, key) for key in SIZES}
+    odd = [key for key, value in expected.items() if getattr(published, key, value) != value]
+    if "n_positions" in odd and published.n_positions > config.n_positions:
+        odd.remove("n_positions")
+    if published.n_inner not in (None, 4 * config.n_embd):
+        odd.append("n_inner")
+    if odd:
+        values = ", ".join(f"{key} {getattr(published, key)}" for key in odd)
+        raise CapGenError(f"the GPT-2 in {source} is not the captioner's: it has {values}", WAYS)

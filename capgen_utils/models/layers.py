@@ -1,20 +1,29 @@
-"""What several captioners are made of: attention and dropout, written for CPUs too, and the
-transformer's layer."""
+"""Parts that captioners share: attention, dropout and the transformer layer (notebook 05)."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capgen_utils.models.base import Grouping
+from capgen_utils.models.base import Grouping, Memory
+
+
+@dataclass
+class TransformerMemory(Memory):
+    """Projected keys and values of B images for every layer: (layers, B, heads, N, width)."""
+
+    axis: ClassVar[int] = 1
+    keys: Tensor
+    values: Tensor
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, causal: bool = False) -> Tensor:
     """Scaled dot-product attention; (..., T, width), (..., N, width) -> (..., T, width).
 
-    On a CPU it runs in fp32 also under autocast: a captioner's heads are so small that the bf16
-    kernels take several times as long there.
+    On a CPU it runs in fp32 even under autocast: for heads as small as a captioner's the bf16
+    kernels are several times slower.
     """
     if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return F.scaled_dot_product_attention(query, keys, values, is_causal=causal)
@@ -27,16 +36,16 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, causal: bool = False) ->
 def attend_images(
     query: Tensor, keys: Tensor, values: Tensor, grouping: Grouping, attention: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of captions over their images, which are never copied.
+    """Attention of captions over their images, without copying the images.
 
     Args:
         query: (M, heads, T, width).
-        keys, values: (B, heads, N, width), one entry an image, shared by all of its captions.
+        keys, values: (B, heads, N, width), one entry per image, shared by all of its captions.
         grouping: which captions belong to which image.
         attention: also return the weights.
 
     Returns:
-        What was read, (M, heads, T, width), and the weights (M, heads, T, N) where asked for.
+        The attended values (M, heads, T, width), and the weights (M, heads, T, N) if asked for.
     """
     length = query.shape[2]
     grouped = grouping.gather(query).transpose(1, 2).flatten(2, 3)  # (B, heads, S * T, width)
@@ -44,7 +53,7 @@ def attend_images(
     if attention:
         scores = grouped @ keys.transpose(-1, -2) * grouped.shape[-1] ** -0.5
         weights = scores.softmax(-1)  # (B, heads, S * T, N)
-        attended = weights @ values
+        attended = weights @ values  # (B, heads, S * T, width)
         weights = grouping.scatter(weights.unflatten(2, (-1, length)).transpose(1, 2))
     else:
         attended = attend(grouped, keys, values)
@@ -54,9 +63,9 @@ def attend_images(
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """Zero each element with ``probability`` while training and scale the others up.
 
-    torch draws one random number an element, on one core, which can take a third of a training step
-    on a CPU. There, eight elements share the bytes of one 64-bit number instead; the probability is
-    rounded to 1/256.
+    On a CPU, torch draws one random number per element on one core, which can take a third of a
+    training step. Here, eight elements share the bytes of one 64-bit number instead; the
+    probability is rounded to 1/256.
     """
     if not training or not probability:
         return x
@@ -69,9 +78,11 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def hide_words(tokens: Tensor, probability: float, unk_id: int, training: bool) -> Tensor:
-    """Write ``unk_id`` over words of ``tokens`` (M, T) with ``probability`` while training, so that
-    a decoder looks at the image instead of finishing the sentence by heart; the start token is no
-    word and stays."""
+    """Replace words of ``tokens`` (M, T) by ``unk_id`` with ``probability`` while training.
+
+    The decoder then has to look at the image instead of completing the sentence from memory. The
+    start token is kept.
+    """
     if not training or not probability:
         return tokens
     hidden = torch.rand(tokens.shape, device=tokens.device) < probability
@@ -89,6 +100,17 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with elements dropped while training."""
         return dropout(x, self.probability, self.training)
+
+
+def causal_weights(query: Tensor, key: Tensor) -> Tensor:
+    """Return the weights (M, heads, T, T) of self-attention over earlier tokens and the token itself.
+
+    Args:
+        query, key: (M, heads, T, width).
+    """
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (M, heads, T, T)
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)  # (T, T)
+    return scores.masked_fill(later, -torch.inf).softmax(-1)
 
 
 class DecoderSizes(Protocol):
@@ -116,23 +138,17 @@ class DecoderSizes(Protocol):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each behind a layer norm and beside a
-    residual.
+    """Self-attention, cross-attention and feed-forward, each with a layer norm and a residual.
 
     Args:
         config: sizes.
-        cross: with cross-attention to an image; without it the layer is a plain causal one, as in
-            GPT-2.
+        cross: include cross-attention to an image; without it the layer is GPT-2's.
     """
 
     def __init__(self, config: DecoderSizes, cross: bool = True) -> None:
         super().__init__()
-        width, self.heads, self.dropout, self.cross = (
-            config.d_model,
-            config.n_head,
-            config.dropout,
-            cross,
-        )
+        width = config.d_model
+        self.heads, self.dropout, self.cross = config.n_head, config.dropout, cross
         self.norm_self = nn.LayerNorm(width)
         if cross:
             self.norm_cross = nn.LayerNorm(width)
@@ -156,7 +172,7 @@ class DecoderLayer(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def project_self(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of self-attention: (M, T, D) -> three (M, heads, T, D / heads)."""
+        """Self-attention's query, key, value: (M, T, D) -> three (M, heads, T, D / heads)."""
         query, key, value = self.self_qkv(self.norm_self(x)).chunk(3, dim=-1)
         return self.split_heads(query), self.split_heads(key), self.split_heads(value)
 
@@ -164,7 +180,7 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool
     ) -> Tensor:
         """Add self-attention to ``x`` (M, T, D)."""
-        attended = attend(query, key, value, causal)
+        attended = attend(query, key, value, causal)  # (M, heads, T, D / heads)
         return x + self.drop(self.self_out(attended.transpose(1, 2).flatten(2)))
 
     def add_cross(
@@ -173,8 +189,7 @@ class DecoderLayer(nn.Module):
         """Add attention over the image to ``x`` (M, T, D).
 
         Args:
-            keys, values: (B, heads, N, D / heads), one entry an image, shared by all of its
-                captions.
+            keys, values: (B, heads, N, D / heads), one entry per image, shared by its captions.
             grouping: which captions belong to which image.
             attention: also return the weights (M, heads, T, N).
         """

@@ -1,5 +1,4 @@
-"""ResNet + LSTM: one recurrent network reads the image, then says the words ("Show and Tell", arXiv
-1411.4555)."""
+"""ResNet + LSTM: "Show and Tell", arXiv 1411.4555 (notebook 03)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,31 +9,33 @@ from torch.nn import functional as F
 
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.sinusoids import grid_sinusoids
-from capgen_utils.config import ShowTellConfig
+from capgen_utils.config import RECIPES, ShowTellConfig
 from capgen_utils.models.base import CaptionModel, Memory, SharedState
 from capgen_utils.models.layers import dropout, hide_words
 
 
 @dataclass
 class ShowTellMemory(Memory):
-    """The LSTM after it has read each of B images: hidden and cell state, (B, layers, hidden)."""
+    """The LSTM's state after it has read each of B images: (B, layers, hidden)."""
 
     hidden: Tensor
     cell: Tensor
 
 
 class ShowTellCaptioner(CaptionModel):
-    """Image vectors, then words, through the same LSTM.
+    """An LSTM that reads the image vectors, then generates the words.
 
     Args:
         config: hyperparameters.
         vocabulary_size: V.
         feature_shape: (N, D) of the encoder's grid, or (D,) of its pooled vector.
-        unk_id: the id that word dropout writes over hidden words.
+        unk_id: the id that word dropout replaces words by.
     """
 
     name = "show_tell"
     feature = "grid"
+    Config = ShowTellConfig
+    recipe = RECIPES[name]
 
     def __init__(
         self,
@@ -62,11 +63,10 @@ class ShowTellCaptioner(CaptionModel):
 
     @torch.no_grad()
     def _remember(self, steps: int) -> None:
-        """Let the LSTM's memories fade over 1 to ``steps`` steps (chrono initialisation, arXiv
-        1804.11188).
+        """Let the LSTM remember for 1 to ``steps`` steps (chrono initialisation, arXiv 1804.11188).
 
-        With torch's own biases half of a memory is gone after one step: nothing of the first image
-        vectors would reach the words, nor any gradient from the words them.
+        With torch's default biases half of the memory is lost in every step: nothing of the first
+        image vectors would reach the words, and no gradient would flow back.
         """
         size = self.config.hidden_size
         for lstm in self.lstm:
@@ -74,7 +74,7 @@ class ShowTellCaptioner(CaptionModel):
             for name, bias in lstm.named_parameters():
                 if name.startswith(
                     "bias"
-                ):  # two, and their sum counts; input gate first, forget gate second
+                ):  # there are two, which add up; gates: input, forget, ...
                     bias[: 2 * size] = torch.cat([-lasting, lasting]) / 2
 
     @classmethod
@@ -89,26 +89,24 @@ class ShowTellCaptioner(CaptionModel):
     def encode(self, features: Tensor) -> ShowTellMemory:
         """Features (B, N, D) or (B, D) -> the LSTM's state after the image."""
         x = self.image_norm(self.image_projection(features))
-        x = (
-            x + self.image_position if self.config.image == "sequence" else x[:, None]
-        )  # (B, N, embed)
+        x = x + self.image_position if self.config.image == "sequence" else x[:, None]
+        # x: (B, N, embed)
         empty = x.new_zeros(self.config.num_layers, x.shape[0], self.config.hidden_size)
         _, hidden, cell = self._read(x, empty, empty)
         return ShowTellMemory(hidden.transpose(0, 1), cell.transpose(0, 1))
 
     def _read(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs (M, T, embed) and states (layers, M, hidden) -> outputs (M, T, hidden) and the
-        states after them."""
+        """Inputs (M, T, embed), states (layers, M, hidden) -> outputs (M, T, hidden), new states."""
         last = []
         for i, lstm in enumerate(self.lstm):
             x = dropout(x, self.config.dropout, self.training)
             x, state = lstm(x, (hidden[i : i + 1].to(x.dtype), cell[i : i + 1].to(x.dtype)))
+            # x: (M, T, hidden)
             last.append(state)
         return x, torch.cat([h for h, _ in last]), torch.cat([c for _, c in last])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (...) -> (..., embed), scaled to unit size: the same matrix also scores the
-        output."""
+        """Token ids (...) -> (..., embed), scaled to unit size; the output shares the matrix."""
         return self.embedding(tokens) * self.config.embed_size**0.5
 
     def logits(self, x: Tensor) -> Tensor:
@@ -119,17 +117,18 @@ class ShowTellCaptioner(CaptionModel):
     def forward(self, memory: ShowTellMemory, tokens: Tensor, image: Tensor) -> Tensor:
         """Logits (M, T, V) of the next token at every position; see ``CaptionModel.forward``."""
         tokens = hide_words(tokens, self.config.word_dropout, self.unk_id, self.training)
-        hidden, cell = (part[image].transpose(0, 1) for part in (memory.hidden, memory.cell))
-        x, _, _ = self._read(self.embed(tokens), hidden, cell)
+        hidden = memory.hidden[image].transpose(0, 1)  # (layers, M, hidden)
+        cell = memory.cell[image].transpose(0, 1)  # (layers, M, hidden)
+        x, _, _ = self._read(self.embed(tokens), hidden, cell)  # (M, T, hidden)
         return self.logits(x)
 
     def start(self, memory: ShowTellMemory) -> SharedState:
-        """The state before the first token: what the LSTM remembers of the image."""
+        """The state before the first token: the LSTM's after the image."""
         return SharedState.new(memory, memory.hidden.transpose(0, 1), memory.cell.transpose(0, 1))
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
-        """One word; see ``CaptionModel.step``. There is no attention to return."""
+        """One token; see ``CaptionModel.step``. There are no attention weights."""
         x, hidden, cell = self._read(self.embed(tokens)[:, None], *state.cache)
         return self.logits(x[:, 0]), state.after(hidden, cell), {}

@@ -1,9 +1,10 @@
-"""ResNet + transformer: a decoder that looks at the image grid through cross-attention ("Attention
-is all you need", arXiv 1706.03762, in its pre-norm form, arXiv 2002.04745)."""
+"""ResNet + transformer: a decoder with cross-attention to the image grid (notebook 05).
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+"Attention is all you need", arXiv 1706.03762, in its pre-norm form, arXiv 2002.04745.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,32 +12,31 @@ from torch.nn import functional as F
 
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.sinusoids import grid_sinusoids, sinusoids
-from capgen_utils.config import TransformerConfig
-from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, Memory, SharedState
-from capgen_utils.models.layers import DecoderLayer, dropout, hide_words
-
-
-@dataclass
-class TransformerMemory(Memory):
-    """Projected keys and values of B images for every layer: (layers, B, heads, N, width)."""
-
-    axis: ClassVar[int] = 1
-    keys: Tensor
-    values: Tensor
+from capgen_utils.config import RECIPES, TransformerConfig
+from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, SharedState
+from capgen_utils.models.layers import (
+    DecoderLayer,
+    TransformerMemory,
+    causal_weights,
+    dropout,
+    hide_words,
+)
 
 
 class TransformerCaptioner(CaptionModel):
-    """Grid features -> projected keys and values once an image -> words, one at a time.
+    """Grid features -> keys and values, once per image -> words, one at a time.
 
     Args:
         config: hyperparameters.
         vocabulary_size: V.
         feature_shape: (N, D) of the encoder's grid.
-        unk_id: the id that word dropout writes over hidden words.
+        unk_id: the id that word dropout replaces words by.
     """
 
     name = "transformer"
     feature = "grid"
+    Config = TransformerConfig
+    recipe = RECIPES[name]
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class TransformerCaptioner(CaptionModel):
         super().__init__()
         if config.d_model % config.n_head:
             raise CapGenError(
-                f"d_model {config.d_model} is no multiple of n_head {config.n_head}",
-                "choose widths that divide",
+                f"d_model {config.d_model} is not a multiple of n_head {config.n_head}",
+                "choose another width or number of heads",
             )
         self.config, self.unk_id = config, unk_id
         positions, depth = feature_shape
@@ -66,30 +66,28 @@ class TransformerCaptioner(CaptionModel):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Every signal starts at about unit size: words, their places, image vectors, and their
-        places too."""
+        """Let words, image vectors and their positions all start at about unit size."""
         width = self.config.d_model
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
         for layer in self.decoder_layers():
-            for last in layer.last_linears():  # so that the sum of all layers stays small
-                nn.init.normal_(
-                    last.weight, std=(3 * self.config.n_decode * last.in_features) ** -0.5
-                )
+            for last in layer.last_linears():  # small, so that the sum over layers stays small
+                std = (3 * self.config.n_decode * last.in_features) ** -0.5
+                nn.init.normal_(last.weight, std=std)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         with torch.no_grad():
             self.position.copy_(sinusoids(torch.arange(self.config.seq_len), width))
             self.image_position.copy_(grid_sinusoids(len(self.image_position), width))
 
     def decoder_layers(self) -> list[DecoderLayer]:
-        """Return the layers from the first to the last."""
+        """Return the layers, first to last."""
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def encode(self, features: Tensor) -> TransformerMemory:
         """(B, N, D) grid features -> keys and values of every layer."""
-        x = self.image_projection(features)
+        x = self.image_projection(features)  # (B, N, d_model)
         x = self.image_norm(x) + self.image_position  # (B, N, d_model)
         x = dropout(x, self.config.dropout, self.training)
         keys_values = self.cross_keys_values(x)  # (B, N, 2 * layers * d_model)
@@ -110,8 +108,7 @@ class TransformerCaptioner(CaptionModel):
         return self.logits(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (...) -> (..., d_model), scaled to unit size: the same matrix also scores the
-        output."""
+        """Token ids (...) -> (..., d_model), scaled to unit size; the output shares the matrix."""
         return self.embedding(tokens) * self.config.d_model**0.5
 
     def logits(self, x: Tensor) -> Tensor:
@@ -119,15 +116,14 @@ class TransformerCaptioner(CaptionModel):
         return F.linear(self.norm(x), self.embedding.weight, self.output_bias)
 
     def start(self, memory: TransformerMemory) -> SharedState:
-        """The state before the first token, one hypothesis an image."""
+        """The state before the first token, one hypothesis per image."""
         layers, images, heads, _, width = memory.keys.shape
         return SharedState.new(memory, KeyValues.new(memory.keys, layers, images, heads, width))
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
-        """One position, earlier keys and values cached; see ``CaptionModel.step``. Weights are
-        named ``layer0`` ..."""
+        """One position with a cache; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
         cache = state.cache[0].longer()
         x = self.embed(tokens)[:, None] + self.position[cache.length - 1]  # (M, 1, d_model)
         weights = {}
@@ -140,5 +136,17 @@ class TransformerCaptioner(CaptionModel):
             )
             x = layer.add_feed(x)
             if looked is not None:
-                weights[f"layer{i}"] = looked[:, :, 0]
+                weights[f"layer{i}"] = looked[:, :, 0]  # (M, heads, N)
         return self.logits(x[:, 0]), state.after(cache), weights
+
+    def attention_by_layer(self, memory: Any, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``CaptionModel.attention_by_layer``."""
+        grouping = Grouping(tokens.new_zeros(1), 1)
+        x = self.embed(tokens) + self.position[: tokens.shape[1]]  # (1, T, d_model)
+        for i, layer in enumerate(self.decoder_layers()):
+            query, key, value = layer.project_self(x)  # (1, heads, T, width) each
+            x = layer.add_self(x, query, key, value, causal=True)
+            x, looked = layer.add_cross(x, memory.keys[i], memory.values[i], grouping, True)
+            x = layer.add_feed(x)
+            if looked is not None:
+                yield looked, causal_weights(query, key)

@@ -1,5 +1,4 @@
-"""Batches grouped by image: each image once, with all of its captions, so that its side is computed
-once."""
+"""Batches grouped by image: each image once, with all of its captions (notebook 03)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from capgen_utils.config import TrainingConfig
 from capgen_utils.data.manifest import Item, Manifest
@@ -21,12 +21,12 @@ CHUNKS = 4
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a captioner learns from.
+    """Images, captions and features to learn from.
 
     Attributes:
         train, dev: images with captions.
         plain: features of all images as they are.
-        flipped: features of the mirrored training images; ``None`` trains without them.
+        flipped: features of the mirrored training images; ``None`` to train without them.
     """
 
     train: Manifest
@@ -35,32 +35,46 @@ class TrainingData:
     flipped: FeatureCache | None = None
 
     def readable(self) -> "TrainingData":
-        """Leave out the images whose file could not be read when features were extracted."""
+        """Return the data without the images that could not be read for feature extraction."""
         failed = set(self.plain.failed) | set(self.flipped.failed if self.flipped else ())
-        keep = [
-            replace(part, items=tuple(i for i in part.items if i.image not in failed))
-            for part in (self.train, self.dev)
-        ]
-        return replace(self, train=keep[0], dev=keep[1])
+        train, dev = (
+            replace(split, items=tuple(i for i in split.items if i.image not in failed))
+            for split in (self.train, self.dev)
+        )
+        return replace(self, train=train, dev=dev)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with all of their captions: features (B, ...), tokens (M, T), image (M,)."""
+    """Images with all of their captions.
+
+    Attributes:
+        features: (B, ...).
+        tokens: (M, T), padded.
+        image: (M,), the row of ``features`` that each caption belongs to.
+        idle: no token counts: it stands in for a process without images.
+    """
 
     features: Tensor
     tokens: Tensor
     image: Tensor
+    idle: bool = False
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``."""
-        return Batch(self.features.to(device), self.tokens.to(device), self.image.to(device))
+        features, tokens = self.features.to(device), self.tokens.to(device)
+        return Batch(features, tokens, self.image.to(device), self.idle)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Captions of about one length: inputs (M', T'), targets (M', T') with ``IGNORED`` for padding,
-    image (M',)."""
+    """Captions of similar length.
+
+    Attributes:
+        inputs: (M', T').
+        targets: (M', T'), the next tokens; ``IGNORED`` for padding.
+        image: (M',).
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -68,35 +82,74 @@ class Chunk:
 
 
 def chunks_by_length(batch: Batch, pad_id: int, count: int = CHUNKS) -> list[Chunk]:
-    """Sort a batch's captions by length and cut them into ``count`` parts, each as wide as its
-    longest caption.
+    """Sort captions by length and split them into ``count`` chunks, each as wide as its longest.
 
-    Half of a batch of captions is padding; so less than a quarter is. The images stay one batch:
-    their side is computed once for all chunks.
+    Half of a batch of captions is padding; this leaves less than a quarter. The images stay one
+    batch: they are encoded once for all chunks.
     """
-    lengths = (batch.tokens != pad_id).sum(1)
+    lengths = (batch.tokens != pad_id).sum(1)  # (M,)
     order = torch.argsort(lengths, stable=True)
     chunks = []
     for rows in order.tensor_split(min(count, len(order))):
-        tokens = batch.tokens[rows, : int(lengths[rows].max())]
-        # The last token has no successor. The end token stays a target: only what follows it is
-        # ignored.
-        targets = tokens[:, 1:].masked_fill(tokens[:, 1:] == pad_id, IGNORED)
+        tokens = batch.tokens[rows, : int(lengths[rows].max())]  # (M', T' + 1)
+        # The end token is a target; only what follows it is ignored.
+        ignored = (tokens[:, 1:] == pad_id) | batch.idle
+        targets = tokens[:, 1:].masked_fill(ignored, IGNORED)
         chunks.append(Chunk(tokens[:, :-1], targets, batch.image[rows]))
     return chunks
 
 
 def count_targets(chunks: Sequence[Chunk]) -> Tensor:
-    """Return how many tokens a loss over ``chunks`` sums over, as a tensor of one number."""
+    """Return the number of tokens that the loss of ``chunks`` sums over, as a scalar tensor."""
     return torch.stack([(chunk.targets != IGNORED).sum() for chunk in chunks]).sum()
 
 
 def captions_of(item: Item, flipped: bool) -> tuple[str, ...]:
-    """Return the captions that are true of the view: a mirrored image loses those that say left or
-    right."""
+    """Return the captions that are true of a view: a mirrored image drops those with left, right."""
     if not flipped:
         return item.captions
     return tuple(c for c in item.captions if not SIDES.intersection(tokenise(c)))
+
+
+class Batcher:
+    """Makes batches; each caption is tokenised only once, however many epochs follow.
+
+    Args:
+        data: features.
+        tokenizer: of the captions.
+        seq_len: longest caption in tokens; longer ones are cut.
+    """
+
+    def __init__(self, data: TrainingData, tokenizer: Tokenizer, seq_len: int) -> None:
+        self.data, self.tokenizer, self.seq_len = data, tokenizer, seq_len
+        self._tokens: dict[tuple[str, bool], list[Tensor]] = {}
+
+    def tokens(self, item: Item, flipped: bool) -> list[Tensor]:
+        """Return the token ids of the captions that are true of a view."""
+        key = item.image, flipped
+        if key not in self._tokens:
+            captions = captions_of(item, flipped)
+            ids = (self.tokenizer.encode(caption, self.seq_len) for caption in captions)
+            self._tokens[key] = [torch.tensor(row) for row in ids]
+        return self._tokens[key]
+
+    def batch(self, items: Sequence[Item], flips: Sequence[bool]) -> Batch:
+        """Gather features and token ids.
+
+        Args:
+            items: the images.
+            flips: whether each is mirrored; if all of its captions mention a side, it is not.
+        """
+        views = [flip and bool(self.tokens(i, True)) for i, flip in zip(items, flips, strict=True)]
+        features = self.data.plain.rows([item.image for item in items])  # (B, ...)
+        if self.data.flipped is not None and any(views):
+            mirrored = [i for i, flip in enumerate(views) if flip]
+            features[mirrored] = self.data.flipped.rows([items[i].image for i in mirrored])
+        rows = [self.tokens(item, flip) for item, flip in zip(items, views, strict=True)]
+        captions = [row for captions in rows for row in captions]
+        tokens = pad_sequence(captions, True, self.tokenizer.pad_id)  # (M, T)
+        image = torch.arange(len(items)).repeat_interleave(torch.tensor([len(r) for r in rows]))
+        return Batch(features, tokens, image)
 
 
 def make_batch(
@@ -106,24 +159,8 @@ def make_batch(
     tokenizer: Tokenizer,
     seq_len: int,
 ) -> Batch:
-    """Gather features and token ids; an image none of whose captions may be mirrored is taken as it
-    is."""
-    flips = [
-        flip and bool(captions_of(item, True)) for item, flip in zip(items, flips, strict=True)
-    ]
-    features = data.plain.rows([item.image for item in items])
-    if data.flipped is not None and any(flips):
-        chosen = [i for i, flip in enumerate(flips) if flip]
-        features[chosen] = data.flipped.rows([items[i].image for i in chosen])
-    rows, image = [], []
-    for i, (item, flip) in enumerate(zip(items, flips, strict=True)):
-        encoded = [tokenizer.encode(caption, seq_len) for caption in captions_of(item, flip)]
-        rows += encoded
-        image += [i] * len(encoded)
-    tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
-    for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    return Batch(features, tokens, torch.tensor(image))
+    """Return a single batch; see ``Batcher``."""
+    return Batcher(data, tokenizer, seq_len).batch(items, flips)
 
 
 def epoch_batches(
@@ -131,12 +168,12 @@ def epoch_batches(
 ) -> Iterator[tuple[list[Item], list[bool]]]:
     """Yield the images of each batch of ``epoch``, and whether each is mirrored.
 
-    The order depends on seed and epoch alone. A process of several takes every ``world``-th image
-    of each batch, so a batch holds the same images however many processes share it.
+    The order depends on seed and epoch alone. Each of several processes takes every ``world``-th
+    image of a batch, so that batches do not depend on the number of processes.
     """
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(data.train))
     flips = rng.random(len(data.train)) < (0.5 if data.flipped is not None else 0.0)
     for start in range(0, len(order), config.batch_images):
-        part = order[start : start + config.batch_images][rank::world]
-        yield [data.train.items[i] for i in part], [bool(flips[i]) for i in part]
+        rows = order[start : start + config.batch_images][rank::world]
+        yield [data.train.items[i] for i in rows], [bool(flips[i]) for i in rows]

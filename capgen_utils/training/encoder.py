@@ -1,4 +1,4 @@
-"""Pre-training of a preset's own small encoder, from image-caption pairs."""
+"""Pre-training of a preset's own small encoder, from image-caption pairs (notebook 02)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,54 +6,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
 from capgen_utils.common.device import choose_device
 from capgen_utils.common.files import CapGenError, read_json
-from capgen_utils.common.paths import data_dir
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.models import build_model
 from capgen_utils.models.base import CaptionModel, State
 from capgen_utils.presets import Preset
 from capgen_utils.text.words import WordTokenizer
 from capgen_utils.training.batches import TrainingData
+from capgen_utils.training.folders import encoder_folder, run_folder
 from capgen_utils.training.trainer import Trainer
 from capgen_utils.vision.encoder import Encoder, Pixels
 from capgen_utils.vision.encoders import build_encoder, new_shapes_cnn, save_encoder
 from capgen_utils.vision.features import extract
 
 
-def encoder_folder() -> Path:
-    """Return where pre-training keeps the encoder of ``shapes``."""
-    return data_dir() / "encoders" / "shapes_cnn"
+def preset_encoder(preset: Preset, root: Path | None = None, name: str | None = None) -> Encoder:
+    """Return an encoder on the chosen device; the preset's own is trained first if necessary.
 
-
-def preset_encoder(
-    preset: Preset, root: Path | None = None, weights: Path | None = None
-) -> Encoder:
-    """Return a preset's own encoder on the chosen device; where it has to be trained here it is
-    trained first.
+    Args:
+        preset: names the encoder and its weights.
+        root: folder of the dataset; ``None`` for the usual one.
+        name: another encoder instead of the preset's.
 
     Raises:
-        CapGenError: its weights, or the dataset that it is trained on, cannot be had.
+        CapGenError: its weights, or the dataset that it is trained on, are not available.
     """
-    if weights is None and preset.pretraining is not None:
+    trained_here = preset.pretraining is not None and name in (None, preset.encoder)
+    if preset.encoder_weights is None and trained_here:
         pretrain_encoder(preset, root)
-    return build_encoder(preset.encoder, weights).to(choose_device())
+    with PartialState().main_process_first():
+        return build_encoder(name or preset.encoder, preset.encoder_weights).to(choose_device())
+
+
+def require_one_process(folder: Path, preset: Preset) -> None:
+    """Check that no encoder is about to be trained by several processes at once.
+
+    Raises:
+        CapGenError: it is.
+    """
+    if PartialState().num_processes > 1:
+        raise CapGenError(
+            f"the encoder in {folder} is not trained yet",
+            f"run first: capgen pretrain --preset {preset.name}",
+        )
 
 
 def pretrain_encoder(preset: Preset, root: Path | None = None, folder: Path | None = None) -> Path:
-    """Train the preset's own small encoder from image-caption pairs, once; later calls find it.
+    """Train the preset's own small encoder from image-caption pairs, unless it exists.
 
-    Encoder and a small transformer captioner learn together on the training split; the captioner is
-    thrown away.
+    The encoder and a small transformer captioner learn together on the training split; the
+    captioner is discarded.
 
     Returns:
         The folder of the encoder.
 
     Raises:
-        CapGenError: the preset's encoder is not one that is trained here.
+        CapGenError: the preset's encoder is not trained here.
     """
     if preset.pretraining is None:
         raise CapGenError(
@@ -63,53 +76,35 @@ def pretrain_encoder(preset: Preset, root: Path | None = None, folder: Path | No
     folder = folder or encoder_folder()
     if (folder / "model.safetensors").is_file():
         return folder
+    require_one_process(folder, preset)
     print(f"pre-training the {preset.encoder} encoder once; it is kept in {folder}")
     manifest = load_dataset(preset.dataset, root)
-    encoder = new_shapes_cnn()
-    pixels = Pixels(encoder.preprocessing)
-    train = manifest.split("train")
-    data = TrainingData(
-        train, manifest.split("dev"), extract(manifest, pixels, "pixels", dtype=torch.float32)
-    )
+    train, dev = manifest.split("train"), manifest.split("dev")
+    pixels = Pixels(new_shapes_cnn().preprocessing)
+    data = TrainingData(train, dev, extract(manifest, pixels, "pixels", dtype=torch.float32))
     tokenizer = WordTokenizer.fit(train.captions(), preset.min_count)
     torch.manual_seed(preset.pretraining.seed)
-    encoder = new_shapes_cnn()  # again, after the seed
-    # Shifted images are enough against learning by heart.
+    encoder, run = new_shapes_cnn(), run_folder(folder)
+    # Shifted images are regularisation enough.
     config = replace(preset.recipe("transformer").config, dropout=0.0)
-    joint = JointCaptioner(
-        encoder, build_model("transformer", config, tokenizer, encoder.outputs["grid"])
-    )
-    run = folder.parent / f"{folder.name}-run"
-    Trainer(
-        "joint",
-        joint,
-        tokenizer,
-        data,
-        pixels,
-        preset.pretraining,
-        preset.decoding,
-        run,
-        preset.name,
-        torch.float32,
-    ).train()
-    best = load_file(run / "bundle" / "model.safetensors")
-    prefix = "encoder.trunk."
-    encoder.trunk.load_state_dict(
-        {k.removeprefix(prefix): v.float() for k, v in best.items() if k.startswith(prefix)}
-    )
-    encoder.training_run = read_json(run / "bundle" / "config.json", "run pre-training again").get(
-        "training_run"
-    )
+    captioner = build_model("transformer", config, tokenizer, encoder.outputs["grid"])
+    joint = JointCaptioner(encoder, captioner)
+    settings = preset.pretraining, preset.decoding, run, preset.name, torch.float32
+    Trainer(joint, tokenizer, data, pixels, *settings).train()
+    best, prefix = load_file(run / "bundle" / "model.safetensors"), "encoder.trunk."
+    trunk = {k.removeprefix(prefix): v.float() for k, v in best.items() if k.startswith(prefix)}
+    encoder.trunk.load_state_dict(trunk)
+    info = read_json(run / "bundle" / "config.json", "run pre-training again")
+    encoder.training_run = info.get("training_run")
     save_encoder(folder, encoder.cpu())
     return folder
 
 
-SHIFT = 4  # pixels; what is left of, or above, something stays so
+SHIFT = 4  # pixels; spatial relations stay true
 
 
 def shifted(pixels: Tensor, furthest: int = SHIFT) -> Tensor:
-    """Move each image (B, H, W, C) by up to ``furthest`` pixels along both axes; its edge is
-    repeated."""
+    """Shift each image (B, H, W, C) by up to ``furthest`` pixels along both axes, repeating edges."""
     height, width = pixels.shape[1:3]
     moves = torch.randint(-furthest, furthest + 1, (len(pixels), 2)).tolist()
     rows = [(torch.arange(height) + down).clamp(0, height - 1) for down, _ in moves]
@@ -118,10 +113,10 @@ def shifted(pixels: Tensor, furthest: int = SHIFT) -> Tensor:
 
 
 class JointCaptioner(CaptionModel):
-    """Reads pixels: ``encode`` runs the encoder's network, then the captioner's own ``encode``.
+    """A captioner that reads pixels, with an encoder that learns too.
 
     Args:
-        encoder: its ``trunk`` learns here; on its own it is frozen.
+        encoder: its ``trunk`` learns here; everywhere else it is frozen.
         captioner: any captioner that reads one of the encoder's outputs.
     """
 
@@ -135,10 +130,9 @@ class JointCaptioner(CaptionModel):
         encoder.trunk.requires_grad_(True)
 
     def encode(self, features: Tensor) -> Any:
-        """``features`` are pixels (B, size, size, 3), 0 to 255; while training, each image is
-        shifted a little.
+        """Encode pixels (B, size, size, 3), 0 to 255; while training, each image is shifted.
 
-        So the encoder meets every drawing in many places and learns shapes rather than drawings.
+        The encoder then sees every drawing at many positions and learns shapes, not drawings.
         """
         features = shifted(features) if self.training else features
         return self.captioner.encode(self.encoder(features)[self.captioner.feature])

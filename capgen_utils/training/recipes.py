@@ -1,33 +1,35 @@
-"""From a preset to a trained captioner: data, encoder, features, vocabulary, training, in the order
-they depend on."""
+"""From a preset to a trained captioner: data, encoder, features, vocabulary, training (notebook 05)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
+from capgen_utils.bundle import load_bundle
+from capgen_utils.captioner import Captioner
 from capgen_utils.common.device import choose_device, choose_dtype
 from capgen_utils.common.files import CapGenError
-from capgen_utils.config import SMALL_CLIP, TrainingConfig
+from capgen_utils.config import SMALL_CLIP, Recipe, TrainingConfig
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.data.manifest import Manifest
-from capgen_utils.models import CaptionModel, build_model, feature_of
-from capgen_utils.models.clip_prefix import ClipPrefixCaptioner
-from capgen_utils.presets import Preset, Recipe
-from capgen_utils.text.vocabulary import fit_tokenizer, token_rows
+from capgen_utils.models import build_model, feature_of, model_class
+from capgen_utils.presets import Preset, get_preset
+from capgen_utils.text.vocabulary import fit_tokenizer
 from capgen_utils.text.words import Tokenizer
 from capgen_utils.training.batches import TrainingData
-from capgen_utils.training.clip import dual_encoder_folder, pretrain_dual_encoder
-from capgen_utils.training.encoder import encoder_folder, pretrain_encoder
-from capgen_utils.training.language import fit_config, initialise
+from capgen_utils.training.clip import pretrain_dual_encoder
+from capgen_utils.training.encoder import preset_encoder
+from capgen_utils.training.folders import run_of
+from capgen_utils.training.language import initialise
+from capgen_utils.training.loop import Progress
 from capgen_utils.training.trainer import Trainer
 from capgen_utils.vision.clip import CLIPS
 from capgen_utils.vision.dual_encoder import DualEncoder
 from capgen_utils.vision.encoder import Encoder
-from capgen_utils.vision.encoders import build_encoder
 from capgen_utils.vision.features import extract
 
 
@@ -36,15 +38,15 @@ class Prepared:
     """Everything that training needs, computed once.
 
     Attributes:
-        preset: as asked for, with the encoder that is really used.
-        recipe: how the captioner that this was prepared for is trained.
+        preset: with a recipe for the captioner.
+        recipe: how the captioner is trained.
         manifest: all splits.
         encoder: frozen, on its device.
         dtype: compute dtype of the features.
         tokenizer: fitted on the training captions.
         data: images, captions and features.
         root: folder of the dataset, as asked for.
-        scorer: the CLIP that chooses among captions, where the encoder is its image half.
+        scorer: the CLIP for re-ranking captions, if the encoder is its image half.
     """
 
     preset: Preset
@@ -58,118 +60,122 @@ class Prepared:
     scorer: DualEncoder | None = None
 
 
+@dataclass
+class Run:
+    """A finished training run.
+
+    Attributes:
+        trainer: with the model after the last epoch.
+        progress: best scores, duration and history.
+    """
+
+    trainer: Trainer
+    progress: Progress
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: ``bundle/``, ``checkpoint.safetensors`` and ``log.jsonl``."""
+        return self.trainer.folder
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Losses and dev scores, one entry per epoch."""
+        return self.progress.history
+
+    @cached_property
+    def captioner(self) -> Captioner:
+        """The captioner of the best epoch."""
+        trainer = self.trainer
+        return Captioner(
+            load_bundle(self.folder / "bundle"), trainer.encoder, scorer=trainer.scorer
+        )
+
+
+def train(
+    model: str = "transformer",
+    *,
+    preset: str | Preset = "auto",
+    data: Path | None = None,
+    folder: Path | None = None,
+    limit: int | None = None,
+    trackers: Sequence[str] = (),
+    **settings: Any,
+) -> Run:
+    """Train a captioner, or continue a run that was interrupted, as ``capgen train`` does.
+
+    Args:
+        model: a key of ``models.MODELS``.
+        preset: a name or a ``Preset``.
+        data: folder of the dataset; ``None`` for the usual one.
+        folder: run folder; ``None`` for ``data/runs/PRESET_MODEL``.
+        limit: images of each split, for a quick look.
+        trackers: ``tensorboard``, ``wandb``.
+        settings: fields of ``TrainingConfig`` that replace the preset's, such as ``epochs``.
+
+    Raises:
+        CapGenError: the dataset or the weights are not available, or a setting is impossible.
+    """
+    if any(isinstance(value, int | float) and value <= 0 for value in settings.values()):
+        raise CapGenError(
+            "epochs, batch size, learning rate and seed must be above zero",
+            "see: capgen train --help",
+        )
+    preset = get_preset(preset) if isinstance(preset, str) else preset
+    preset = preset.including(model, model_class(model).recipe)
+    training = replace(preset.recipe(model).training or TrainingConfig(), **settings)
+    folder = folder or run_of(preset, model)
+    prepared = prepare(preset, data, limit, model)
+    trainer = make_trainer(prepared, model, folder, training, trackers=trackers)
+    return Run(trainer, trainer.train())
+
+
 def prepare(
     preset: Preset,
     root: Path | None = None,
-    encoder_weights: Path | None = None,
     limit: int | None = None,
     model: str = "transformer",
 ) -> Prepared:
-    """Load data, encoder and features; what is missing and can be made here is made, with progress.
+    """Load data, encoder, features and vocabulary, creating what does not exist yet.
 
     Args:
-        preset: names dataset and encoder.
-        root: folder of the dataset, where it is not in its usual place.
-        encoder_weights: a local weights file.
+        preset: names dataset, encoder and the encoder's weights.
+        root: folder of the dataset; ``None`` for the usual one.
         limit: images of each split, for a quick look.
         model: the captioner to prepare for: a key of ``models.MODELS``.
 
     Raises:
-        CapGenError: the dataset or the weights cannot be had; says what to do.
+        CapGenError: the dataset or the weights are not available; says what to do.
     """
-    recipe = preset.recipe(model)
-    state = PartialState()
-    with (
-        state.main_process_first()
-    ):  # of several processes one draws the data set, the others find it
+    preset = preset.including(model, model_class(model).recipe)
+    recipe, state, device = preset.recipe(model), PartialState(), choose_device()
+    with state.main_process_first():  # one process downloads or draws the dataset
         manifest = load_dataset(preset.dataset, root, limit)
-    encoder, scorer = _encoder(preset, recipe, root, encoder_weights)
-    output = feature_of(model, recipe.config)
-    train = manifest.split("train")
-    with state.main_process_first():  # and one writes the features
-        flipped = extract(train, encoder, output, flip=True) if preset.flip else None
+    encoder, scorer = _encoder(preset, recipe, root)
+    output, train_split = feature_of(model, recipe.config), manifest.split("train")
+    with state.main_process_first():  # one process extracts the features
+        flipped = extract(train_split, encoder, output, flip=True) if preset.flip else None
         plain = extract(manifest, encoder, output)
-    data = TrainingData(train, manifest.split("dev"), plain, flipped)
-    tokenizer = fit_tokenizer(recipe.tokenizer, train.captions(), preset.min_count)
-    return Prepared(
-        preset,
-        recipe,
-        manifest,
-        encoder,
-        choose_dtype(choose_device()),
-        tokenizer,
-        data,
-        root,
-        scorer,
-    )
+    data = TrainingData(train_split, manifest.split("dev"), plain, flipped)
+    tokenizer = fit_tokenizer(recipe.tokenizer, train_split.captions(), preset.min_count)
+    dtype = choose_dtype(device)
+    return Prepared(preset, recipe, manifest, encoder, dtype, tokenizer, data, root, scorer)
 
 
 def _encoder(
-    preset: Preset, recipe: Recipe, root: Path | None, weights: Path | None
+    preset: Preset, recipe: Recipe, root: Path | None
 ) -> tuple[Encoder, DualEncoder | None]:
-    """The recipe's encoder, and the CLIP that it is half of; what has to be trained here for it is
-    trained first."""
-    if (
-        recipe.encoder in CLIPS and recipe.tokenizer == "clip"
-    ):  # it starts from the words of the text half
-        with PartialState().main_process_first():
-            scorer = DualEncoder.published(str(recipe.encoder), weights).to(choose_device())
-            return scorer.images, scorer
-    if recipe.encoder == SMALL_CLIP:
-        folder = dual_encoder_folder(preset)
-        _refuse_to_share(folder, preset)
-        pretrain_dual_encoder(preset, root, folder, stem_weights=weights)
+    """Return the recipe's encoder and the CLIP that it is half of, training them if necessary."""
+    name, weights = str(recipe.encoder), preset.encoder_weights
+    if name == SMALL_CLIP:
+        folder = pretrain_dual_encoder(preset, root)
         with PartialState().main_process_first():
             scorer = DualEncoder.load(folder, weights).to(choose_device())
-            return scorer.images, scorer
-    if weights is None and preset.pretraining is not None and recipe.encoder == preset.encoder:
-        _refuse_to_share(encoder_folder(), preset)
-        pretrain_encoder(preset, root)
-    with PartialState().main_process_first():
-        return build_encoder(str(recipe.encoder), weights).to(choose_device()), None
-
-
-def _refuse_to_share(folder: Path, preset: Preset) -> None:
-    """Refuse to train an encoder in several processes at once.
-
-    Raises:
-        CapGenError: it is not in ``folder`` yet.
-    """
-    if PartialState().num_processes > 1 and not (folder / "model.safetensors").is_file():
-        raise CapGenError(
-            f"the encoder in {folder} is not trained yet",
-            f"run first: capgen pretrain --preset {preset.name}",
-        )
-
-
-def _fit_tower(config: Any, clip: DualEncoder | None) -> Any:
-    """Return a captioner's hyperparameters, with the sizes of the text tower that it is going to
-    read words by."""
-    if clip is None or getattr(config, "text_inputs", "") != "tower":
-        return config
-    text = clip.clip.config.text_config
-    return replace(
-        config,
-        tower_layers=text.num_hidden_layers,
-        tower_width=text.hidden_size,
-        tower_heads=text.num_attention_heads,
-        tower_positions=text.max_position_embeddings,
-    )
-
-
-def _start_from_clip(model: CaptionModel, prepared: Prepared) -> None:
-    """Let a captioner that starts from CLIP's words start from those of the CLIP that it sees by."""
-    clip = prepared.scorer
-    if not isinstance(model, ClipPrefixCaptioner) or clip is None:
-        return
-    rows = token_rows(clip.tokenizer, prepared.tokenizer)
-    if rows is not None:
-        model.start_from(clip.clip.text_model, rows)
-    elif model.tower is not None:
-        raise CapGenError(
-            f"{clip.name} reads other tokens than the captioner",
-            "read learned words (text_inputs), or train it again",
-        )
+    elif name in CLIPS and recipe.tokenizer == "clip":  # it starts from the text half's words
+        with PartialState().main_process_first():
+            scorer = DualEncoder.published(name, weights).to(choose_device())
+    else:
+        return preset_encoder(preset, root, name), None
+    return scorer.images, scorer
 
 
 def make_trainer(
@@ -187,43 +193,27 @@ def make_trainer(
         model_name: key in ``models.MODELS``.
         folder: gets bundle, checkpoint and log.
         training, model_config: instead of the preset's.
-        trackers: see ``Trainer``.
+        trackers: see ``Loop``.
 
     Raises:
-        CapGenError: the preset says nothing of this model, or it needs other features or tokens
-            than were prepared.
+        CapGenError: the preset has no recipe for this model, or it needs other features or tokens
+            than those prepared.
     """
-    recipe = prepared.preset.recipe(model_name)
-    config, training = (
-        fit_config(model_config or recipe.config),
-        training or recipe.training or TrainingConfig(),
-    )
+    preset, encoder, tokenizer = prepared.preset, prepared.encoder, prepared.tokenizer
+    recipe, kind = preset.recipe(model_name), model_class(model_name)
+    training = training or recipe.training or TrainingConfig()
+    config = kind.fit_config(model_config or recipe.config, prepared.scorer)
     torch.manual_seed(training.seed)
-    output = feature_of(model_name, config)
-    shape = prepared.encoder.outputs.get(output)
-    if (recipe.encoder, recipe.tokenizer) != (
-        prepared.recipe.encoder,
-        prepared.recipe.tokenizer,
-    ) or (shape != prepared.data.plain.shape):
+    shape = encoder.outputs.get(kind.feature_of(config))
+    expected = recipe.encoder, recipe.tokenizer, shape
+    made = prepared.recipe.encoder, prepared.recipe.tokenizer, prepared.data.plain.shape
+    if shape is None or expected != made:
         raise CapGenError(
-            f"what was prepared is not what {model_name} reads",
+            f"the prepared data does not fit {model_name}",
             f"call prepare(preset, model={model_name!r})",
         )
-    config = _fit_tower(config, prepared.scorer)
-    model = build_model(model_name, config, prepared.tokenizer, shape)
-    initialise(model, prepared.preset, prepared.tokenizer, prepared.root)
-    _start_from_clip(model, prepared)
-    return Trainer(
-        model_name,
-        model,
-        prepared.tokenizer,
-        prepared.data,
-        prepared.encoder,
-        training,
-        recipe.decoding or prepared.preset.decoding,
-        folder,
-        prepared.preset.name,
-        prepared.dtype,
-        trackers,
-        scorer=prepared.scorer,
-    )
+    model = build_model(model_name, config, tokenizer, shape)
+    initialise(model, preset, tokenizer, prepared.root, prepared.scorer)
+    decoding = recipe.decoding or preset.decoding
+    settings = training, decoding, folder, preset.name, prepared.dtype, trackers
+    return Trainer(model, tokenizer, prepared.data, encoder, *settings, scorer=prepared.scorer)

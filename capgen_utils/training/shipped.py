@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from capgen_utils.common.files import atomic_path, read_json
-from capgen_utils.common.paths import APART, REPOSITORY, data_dir, own_data_dir
+from capgen_utils.common.paths import APART, REPOSITORY, own_data_dir
 from capgen_utils.config import SMALL_CLIP
 from capgen_utils.presets import Preset
-from capgen_utils.training.clip import dual_encoder_folder
-from capgen_utils.training.encoder import encoder_folder
-from capgen_utils.training.language import mini_folder, run_folder
+from capgen_utils.training.folders import (
+    dual_encoder_folder,
+    encoder_folder,
+    mini_folder,
+    run_folder,
+    run_of,
+)
 
 SHIPPED = REPOSITORY / "data" / "bundles"
 LOG = "log.jsonl"
@@ -83,11 +87,6 @@ def _starting_points(
             yield encoder, encoder_folder()
         if (encoder.parent / LANGUAGE_MODEL).is_dir():
             yield encoder.parent / LANGUAGE_MODEL, mini_folder(preset)
-
-
-def run_of(preset: Preset, model: str) -> Path:
-    """Return the run folder of a preset's captioner."""
-    return data_dir() / "runs" / f"{preset.name}_{model}"
 
 
 def _is_trained(preset: Preset, model: str) -> bool:

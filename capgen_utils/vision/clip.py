@@ -77,8 +77,9 @@ class ClipVision(Encoder):
 
     def look(self, picture: Tensor) -> dict[str, Tensor]:
         """Encode ``picture`` (B, channels, side, side): normalised pixels, or the stem's grid."""
-        states = self.trunk["vision_model"](pixel_values=picture)
-        embedding = self.trunk["visual_projection"](states.pooler_output)  # (B, E)
+        trunk: Any = self.trunk
+        states = trunk["vision_model"](pixel_values=picture)
+        embedding = trunk["visual_projection"](states.pooler_output)  # (B, E)
         return {
             "embedding": F.normalize(embedding.float(), dim=-1),
             "grid": states.last_hidden_state,

@@ -8,72 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from hub_helpers import (
+    POSITIONS,
+    WIDTH,
+    folder,  # noqa: F401 (a fixture)
+    gpt2_class,
+    published_config,
+    published_weights,
+)
 from safetensors.torch import save_file
-from torch import Tensor
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.hub import load_pretrained, read_config
 
-WIDTH, LAYERS, POSITIONS, VOCABULARY = 16, 2, 12, 20
 REMEDY = "one way, another way, a third way"
-
-
-def gpt2_class() -> Any:
-    import_torchvision()
-    from transformers import GPT2LMHeadModel
-
-    return GPT2LMHeadModel
-
-
-def published_weights() -> dict[str, Tensor]:
-    """Return a small GPT-2 as the hub has it: without a prefix or a head, with the causal masks of
-    old releases."""
-    from transformers import GPT2Config
-
-    kind = gpt2_class()
-    torch.manual_seed(1)
-    config = GPT2Config(
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=4,
-        n_positions=POSITIONS,
-        vocab_size=VOCABULARY,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    weights = {
-        name: tensor.clone() for name, tensor in kind(config).transformer.state_dict().items()
-    }
-    mask = torch.ones(1, 1, POSITIONS, POSITIONS).tril()
-    masks = {f"h.{i}.attn.bias": mask.clone() for i in range(LAYERS)}
-    return weights | masks | {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(LAYERS)}
-
-
-def published_config(**changes: Any) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "activation_function": "gelu_new",
-        "n_embd": WIDTH,
-        "n_layer": LAYERS,
-        "n_head": 4,
-        "n_positions": POSITIONS,
-        "n_ctx": POSITIONS,
-        "vocab_size": VOCABULARY,
-        "bos_token_id": 19,
-        "eos_token_id": 19,
-    } | changes
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder in the hub's layout."""
-    target = tmp_path / "gpt2-tiny"
-    target.mkdir()
-    (target / "config.json").write_text(json.dumps(published_config()))
-    save_file(published_weights(), target / "model.safetensors", {"format": "pt"})
-    return target
 
 
 def test_a_folder_in_the_hubs_layout_is_loaded_to_the_bit(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import PHOTOS, save_tiny_bundle, tiny_encoder, tiny_model, tiny_tokenizer
+from show_helpers import maps_of
 from torch import Tensor
 
 from capgen_utils.bundle import Bundle
@@ -18,7 +19,6 @@ from capgen_utils.decoding.run import word_attention
 from capgen_utils.evaluation.attention import (
     MEAN,
     ROLLOUT,
-    CaptionMaps,
     Word,
     caption_maps,
     layer_attention,
@@ -28,7 +28,6 @@ from capgen_utils.evaluation.attention import (
 )
 from capgen_utils.text.bpe import BpeTokenizer
 from capgen_utils.text.words import WordTokenizer
-from capgen_utils.vision.preprocessing import Preprocessing
 
 PATHS = sorted(PHOTOS.glob("*.jpg"))[:3]
 LOOKING = ["attend_tell", "transformer", "clip_gpt2", "clip_gpt2, no gate"]
@@ -43,17 +42,6 @@ def tiny_captioner(model: str, shape: tuple[int, ...] | None = None) -> Captione
     }
     return Captioner(
         Bundle(tiny_model(model, tokenizer, shape), tokenizer, info), encoder, torch.device("cpu")
-    )
-
-
-def maps_of(
-    weights: dict[str, Tensor], rolled: Tensor | None = None, words: str = "a red star"
-) -> CaptionMaps:
-    texts = words.split()
-    spelled = tuple(Word(text, i, i + 1) for i, text in enumerate(texts))
-    rolled = next(iter(weights.values())).mean(1) if rolled is None else rolled
-    return CaptionMaps(
-        words, spelled, tuple(range(len(texts))), weights, rolled, Preprocessing(size=64)
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import CPU, save_tiny_bundle, tiny_encoder
 from PIL import Image
-from test_attention import maps_of
+from show_helpers import maps_of
 from torch import Tensor
 
 from capgen_utils.apps.cli.main import main

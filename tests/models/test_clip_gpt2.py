@@ -276,7 +276,6 @@ def test_training_changes_what_learns_and_nothing_else(tmp_path: Path) -> None:
         epochs=2, batch_images=4, learning_rate=1e-2, weight_decay=0.1, average=0.9, dtype="fp32"
     )
     trainer = Trainer(
-        "clip_gpt2",
         captioner,
         tokenizer,
         data,

@@ -17,6 +17,7 @@ from capgen_utils.decoding.captions import Specials
 from capgen_utils.decoding.run import decode_features
 from capgen_utils.models.base import IGNORED, Grouping, caption_loss
 from capgen_utils.models.layers import Dropout, attend, dropout
+from capgen_utils.training.encoder import JointCaptioner
 from capgen_utils.vision.encoders import new_shapes_cnn
 
 NAMES = sorted([*models.MODELS, *VARIANTS])
@@ -189,7 +190,7 @@ def test_attention_weights_are_those_of_the_captions_own_image() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_hyperparameters_have_defaults_and_survive_json(name: str) -> None:
     name, config = VARIANTS.get(name, (name,))[0], tiny_config(name)
-    kind = models.MODELS[name][1]
+    kind = models.MODELS[name].Config
     assert models.model_config(name, dict(vars(config))) == config
     assert models.model_config(name, {}) == kind()
     with pytest.raises(CapGenError, match="surprise"):
@@ -299,7 +300,7 @@ def test_the_joint_captioner_is_the_encoder_followed_by_the_captioner() -> None:
     torch.manual_seed(0)
     encoder = new_shapes_cnn(32)
     captioner = tiny_model(shape=(64, 32))
-    joint = models.JointCaptioner(encoder, captioner).eval()
+    joint = JointCaptioner(encoder, captioner).eval()
     pixels = torch.randint(0, 255, (3, 64, 64, 3)).float()
     tokens, image = some_tokens(3), torch.arange(3)
     expected = captioner(captioner.encode(encoder(pixels)["grid"]), tokens, image)

@@ -4,7 +4,6 @@ and not thrown."""
 import io
 import json
 import re
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from helpers import (
     tiny_tokenizer,
 )
 from PIL import Image
+from show_helpers import captions_of, upload
 
 from capgen_utils.bundle import Bundle
 from capgen_utils.captioner import DEFAULT_BUNDLE, Captioner
@@ -46,27 +46,6 @@ def tiny_captioner(model: str = "transformer", scorer: Any = None) -> Captioner:
 
 def demo_of(**bundles: Any) -> widgets.Demo:
     return widgets.Demo(bundles or {"tiny": tiny_captioner()}, [PHOTO, PHOTOS / "cat_on_deck.jpg"])
-
-
-def upload(demo: widgets.Demo, *files: tuple[str, bytes]) -> None:
-    """Set the value as a browser would; it is of this ipywidgets' shape."""
-    one = {"type": "image/jpeg", "last_modified": datetime.now(UTC)}
-    if int(ipywidgets.__version__.split(".")[0]) >= 8:
-        value: Any = tuple(
-            {"name": n, "size": len(d), "content": memoryview(d), **one} for n, d in files
-        )
-    else:
-        value = {
-            n: {"metadata": {"name": n, "size": len(d), **one}, "content": d} for n, d in files
-        }
-    demo.upload.set_trait("value", value)
-
-
-def captions_of(demo: widgets.Demo) -> list[str]:
-    return [
-        re.findall(r"<h3[^>]*>(.*?)</h3>", card.children[0].value)[0]
-        for card in demo.results.children
-    ]
 
 
 # --- uploads
@@ -388,7 +367,7 @@ def test_the_slider_moves_the_map_and_the_probabilities(model: str) -> None:
         assert f"<mark>{text}</mark>" in steps.sentence.value
         alt = re.findall(r'alt="([^"]*)"', steps.picture.value)[0]
         assert (
-            f"said: {text}." in alt
+            f"for the word: {text}." in alt
             and f"{likely[place][0].text} {likely[place][0].probability:.0%}" in alt
         )
         seen.append(steps.picture.value)

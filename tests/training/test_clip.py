@@ -32,7 +32,6 @@ from capgen_utils.training.clip import (
     ContrastiveTrainer,
     Reconstruction,
     Texts,
-    dual_encoder_folder,
     pretrain_dual_encoder,
 )
 from capgen_utils.training.clip_loss import (
@@ -43,6 +42,7 @@ from capgen_utils.training.clip_loss import (
     twin_accuracy,
     twin_loss,
 )
+from capgen_utils.training.folders import dual_encoder_folder
 from capgen_utils.vision.clip import as_picture
 from capgen_utils.vision.dual_encoder import DualEncoder
 from capgen_utils.vision.encoders import ENCODERS

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_config, tiny_model, tiny_tokenizer
-from safetensors.torch import load_file, save_file
-from test_hub import (
+from hub_helpers import (
     POSITIONS,
     VOCABULARY,
     WIDTH,
@@ -19,30 +18,31 @@ from test_hub import (
     published_config,
     published_weights,
 )
+from safetensors.torch import load_file, save_file
 
 from capgen_utils.bundle import load_bundle
 from capgen_utils.common.files import CapGenError
-from capgen_utils.config import ClipGpt2Config
+from capgen_utils.config import MINI, ClipGpt2Config, Recipe
 from capgen_utils.data import shapes
 from capgen_utils.data.datasets import load_dataset
-from capgen_utils.models import build_model
+from capgen_utils.models import TransformerCaptioner, build_model
 from capgen_utils.models.base import IGNORED
-from capgen_utils.models.clip_gpt2 import ClipGpt2Captioner
-from capgen_utils.presets import PRESETS, Preset, Recipe
+from capgen_utils.models.clip_gpt2 import (
+    ClipGpt2Captioner,
+    load_language_model,
+    with_sizes_of,
+)
+from capgen_utils.presets import PRESETS, Preset
 from capgen_utils.text.bpe import BpeTokenizer
 from capgen_utils.text.vocabulary import tokenizer_from_json
 from capgen_utils.training.batches import chunks_by_length, make_batch
+from capgen_utils.training.folders import mini_folder
 from capgen_utils.training.language import (
-    MINI,
     LanguageModel,
     NoImage,
     documents,
-    fit_config,
     initialise,
-    load_language_model,
-    mini_folder,
     pretrain_language_model,
-    with_sizes_of,
 )
 from capgen_utils.training.recipes import make_trainer, prepare
 
@@ -177,10 +177,11 @@ def test_what_cannot_be_had_is_said_with_three_ways(
 def test_sizes_are_those_of_the_gpt2_that_is_named(folder: Path) -> None:
     config = ClipGpt2Config(language_model=str(folder), reduction=2)
     sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
-    assert fit_config(config) == replace(config, **sizes)
+    assert ClipGpt2Captioner.fit_config(config) == replace(config, **sizes)
     assert with_sizes_of(replace(config, n_positions=5), folder).n_positions == 5
-    for other in (replace(config, language_model=MINI), tiny_config("transformer")):
-        assert fit_config(other) is other
+    mini, other = replace(config, language_model=MINI), tiny_config("transformer")
+    assert ClipGpt2Captioner.fit_config(mini) is mini
+    assert TransformerCaptioner.fit_config(other) is other
     (folder / "config.json").write_text(json.dumps(published_config(n_layer="2")))
     with pytest.raises(CapGenError, match="not that of a GPT-2"):
         with_sizes_of(config, folder)
@@ -340,7 +341,7 @@ def test_the_captioner_starts_from_it_and_goes_on_with_the_same_vocabulary(
     preset = replace(tiny_preset(), pretraining=None, encoder="shapes_cnn")
     mini_folder(preset).parent.mkdir(parents=True)
     mini_folder(preset).symlink_to(mini)
-    monkeypatch.setattr("capgen_utils.training.recipes.build_encoder", lambda *_: shapes_encoder())
+    monkeypatch.setattr("capgen_utils.training.encoder.build_encoder", lambda *_: shapes_encoder())
     prepared = prepare(preset, scenes, model="clip_gpt2")
     trainer = make_trainer(prepared, "clip_gpt2", tmp_path / "run")
     table = load_file(mini / "model.safetensors")["transformer.wte.weight"]

@@ -15,11 +15,12 @@ from capgen_utils.config import (
     ClipPrefixConfig,
     ContrastiveConfig,
     DecodingConfig,
+    Recipe,
     SmallClipConfig,
 )
 from capgen_utils.data import shapes
 from capgen_utils.models.clip_prefix import ClipPrefixCaptioner
-from capgen_utils.presets import PRESETS, ClipRecipe, Preset, Recipe
+from capgen_utils.presets import PRESETS, ClipRecipe, Preset
 from capgen_utils.text.ptb import tokenise
 from capgen_utils.training.encoder import pretrain_encoder
 from capgen_utils.training.recipes import Prepared, make_trainer, prepare

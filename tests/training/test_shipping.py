@@ -21,7 +21,8 @@ from capgen_utils.captioner import Captioner
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.paths import APART, data_dir, own_data_dir
 from capgen_utils.common.tensors import SCALE, compact, read_tensors, round_to_bytes, save_tensors
-from capgen_utils.presets import PRESETS, Preset, Recipe
+from capgen_utils.config import Recipe
+from capgen_utils.presets import PRESETS, Preset
 from capgen_utils.training.shipped import SHIPPED, take_shipped
 from capgen_utils.vision.dual_encoder import DualEncoder
 
@@ -221,7 +222,7 @@ def test_a_bundle_stands_in_for_its_run(
     assert all(torch.equal(value, stored[key]) for key, value in trainer.model.state_dict().items())
     assert (shipped_run / "bundle" / "model.safetensors").read_bytes() == before
     assert not (shipped_run / "checkpoint.safetensors").exists()
-    assert "nothing is trained" in "".join(capsys.readouterr())
+    assert "nothing to train" in "".join(capsys.readouterr())
 
 
 def test_who_wants_to_train_trains(

@@ -23,7 +23,8 @@ from capgen_utils.config import TrainingConfig
 from capgen_utils.decoding.run import caption_manifest
 from capgen_utils.evaluation.metrics import bleu
 from capgen_utils.training import trainer as training
-from capgen_utils.training.trainer import Trainer, learning_rate
+from capgen_utils.training.loop import learning_rate
+from capgen_utils.training.trainer import Trainer
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 
@@ -144,14 +145,14 @@ def test_the_bundle_holds_the_averaged_weights(tmp_path: Path) -> None:
 def test_the_average_is_an_exponential_one(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, epochs=2, average=0.3)
     expected = trainer.model.embedding.weight.detach().clone()
-    update = trainer._update_average
+    update = trainer.after_step
 
     def follow() -> None:
         decay = min(0.3, (1 + trainer.progress.step) / (10 + trainer.progress.step))
         expected.mul_(decay).add_(trainer.model.embedding.weight.detach(), alpha=1 - decay)
         update()
 
-    trainer._update_average = follow
+    trainer.after_step = follow
     trainer.train()
     torch.testing.assert_close(trainer.average["embedding.weight"], expected, atol=1e-5, rtol=1e-4)
 
@@ -421,7 +422,6 @@ def test_images_that_cannot_be_read_do_not_train(tmp_path: Path) -> None:
     assert set(cache.failed) == set(broken)
     tokenizer = WordTokenizer.fit(train.captions(), 1)
     trainer = Trainer(
-        "transformer",
         build_model("transformer", tiny_config(), tokenizer, (9, 12)),
         tokenizer,
         TrainingData(train, manifest.split("dev"), cache),

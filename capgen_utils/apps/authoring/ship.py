@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from capgen_utils.apps.export.small import write_small
 from capgen_utils.common.files import atomic_path
 from capgen_utils.common.tensors import rounded, save_tensors
+from capgen_utils.config import MINI
 from capgen_utils.presets import Preset, get_preset
-from capgen_utils.training.language import MINI, mini_folder, run_folder
-from capgen_utils.training.shipped import LANGUAGE_MODEL, LOG, SHIPPED, WEIGHTS, copy_whole, run_of
+from capgen_utils.training.folders import mini_folder, run_folder, run_of
+from capgen_utils.training.shipped import LANGUAGE_MODEL, LOG, SHIPPED, WEIGHTS, copy_whole
 
 
 def ship(preset: Preset, shipped: Path = SHIPPED) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Photographs: contact sheets, the grid of an encoder, similarities. See notebooks 01, 02 and 06."""
+"""Photographs: contact sheets, an encoder's grid, similarities. See notebooks 01, 02 and 06."""
 
 import textwrap
 from collections.abc import Sequence

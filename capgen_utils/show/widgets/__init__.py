@@ -4,5 +4,5 @@ They use only ipywidgets, version 7 or 8, and so work in JupyterLab, Colab, Kagg
 """
 
 from capgen_utils.show.widgets.app import Demo, demo, find_bundles, read_upload
-from capgen_utils.show.widgets.play import BeatTheModel, Explorer, beat_the_model, beside, explorer
+from capgen_utils.show.widgets.play import BeatTheModel, Explorer, beside
 from capgen_utils.show.widgets.steps import Steps, step_through

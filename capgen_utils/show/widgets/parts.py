@@ -1,5 +1,4 @@
-"""What all widgets are made of: pictures with a text, tables, and errors that are shown and not
-thrown."""
+"""HTML that all widgets share: pictures, tables, lists and errors. See notebook 11."""
 
 import base64
 import html
@@ -22,8 +21,7 @@ _CELL = "style='padding:2px 12px 2px 0;text-align:left;vertical-align:top'"
 
 
 def text_of(value: object) -> str:
-    """Return text from anywhere (a file's name, a caption, what a reader types) so that it is no
-    markup."""
+    """Return any text (a file name, a caption, a reader's input) with its markup escaped."""
     return html.escape(str(value))
 
 
@@ -34,13 +32,12 @@ def drawn(figure: Figure, text: str) -> str:
 
 
 def photograph(image: ImageLike, text: str, side: int = 320) -> str:
-    """Return an image as HTML, at most ``side`` pixels wide and high, with ``text`` for screen
-    readers."""
+    """Return an image as HTML, at most ``side`` pixels wide and high, with an alternative text."""
     picture = open_image(image)
-    if max(picture.size) < side // 2:  # a drawing of a few pixels
-        picture = picture.resize(
-            (side // 2, side // 2 * picture.size[1] // picture.size[0]), Image.Resampling.NEAREST
-        )
+    width, height = picture.size
+    if max(width, height) < side // 2:  # a drawing of a few pixels
+        size = (side // 2, side // 2 * height // width)
+        picture = picture.resize(size, Image.Resampling.NEAREST)
     picture.thumbnail((side, side))
     stream = io.BytesIO()
     picture.save(stream, format="JPEG", quality=88)
@@ -57,11 +54,14 @@ def _image(data: bytes, kind: str, text: str) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table as HTML; every cell is text, never markup."""
     head = "".join(f"<th {_CELL}>{text_of(name)}</th>" for name in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td {_CELL}>{text_of(cell)}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
+    lines = ["".join(f"<td {_CELL}>{text_of(cell)}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def bullets(texts: Sequence[str]) -> str:
+    """Return a list of plain texts as HTML."""
+    return "<ul>" + "".join(f"<li>{text_of(text)}</li>" for text in texts) + "</ul>"
 
 
 def paragraph(text: str) -> str:
@@ -70,14 +70,15 @@ def paragraph(text: str) -> str:
 
 
 def error_box(error: BaseException) -> str:
-    """Return an error as HTML: what is wrong and what to do about it, without a traceback."""
+    """Return an error as HTML: the problem and the remedy, without a traceback."""
     if isinstance(error, CapGenError):
         problem, remedy = error.problem, error.remedy
     else:
-        problem = f"something unexpected went wrong ({type(error).__name__}: {error})"
-        remedy = "try another photograph or other settings; if it stays, report it with these words"
+        problem = f"an unexpected error occurred ({type(error).__name__}: {error})"
+        remedy = "try another photograph or other settings; if it persists, report this message"
     return (
-        "<div role='alert' class='capgen-error' style='border-left:4px solid #D55E00;padding:4px 10px;margin:4px 0'>"
+        "<div role='alert' class='capgen-error' "
+        "style='border-left:4px solid #D55E00;padding:4px 10px;margin:4px 0'>"
         f"<b>{text_of(problem)}</b><br>{text_of(remedy)}</div>"
     )
 
@@ -86,7 +87,7 @@ def error_box(error: BaseException) -> str:
 def guarded(box: Any) -> Iterator[None]:
     """Show an error in ``box``, a widget with a ``value`` of HTML, instead of raising it.
 
-    What a callback of a widget raises ends in a log that nobody reads: the click seems to do
+    An exception in a widget's callback ends in a log that nobody reads: the click would seem to do
     nothing.
     """
     try:
@@ -96,7 +97,7 @@ def guarded(box: Any) -> Iterator[None]:
 
 
 def scorer_of(captioner: Captioner) -> DualEncoder | None:
-    """Return the CLIP that can judge a captioner's captions, or ``None``."""
+    """Return the CLIP that can score a captioner's captions, or ``None``."""
     try:
         return captioner.scorer
     except CapGenError:

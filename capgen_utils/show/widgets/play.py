@@ -1,4 +1,4 @@
-"""Look around in a dataset, and write captions against a captioner."""
+"""A dataset explorer, and a game against a captioner. See notebook 11."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,20 +15,16 @@ from capgen_utils.evaluation.baselines import human_choices
 from capgen_utils.evaluation.metrics import Statistics
 from capgen_utils.evaluation.metrics.scores import BLEU_NAMES, bleu_of_sums
 from capgen_utils.show.widgets.parts import (
+    bullets,
     guarded,
     paragraph,
     photograph,
     scorer_of,
     table,
-    text_of,
 )
 
 LONGEST = 300  # characters of a caption that a reader types
-
-
 YOU, MODEL, PEOPLE = "you", "the model", "a human"
-
-
 METRICS = ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr-D")
 
 
@@ -39,8 +35,8 @@ class Explorer:
         manifest: the dataset.
 
     Attributes:
-        split, words, place: what is chosen: a split, words that all have to stand in one caption,
-            the image's number.
+        split, words, place: the controls: a split, words that must all be in one caption, and the
+            image's number.
         page: image and captions.
         widget: all of it.
     """
@@ -64,12 +60,12 @@ class Explorer:
 
     def _find(self, change: Any = None) -> None:
         with guarded(self.page):
-            wanted = set(self.words.value.lower().split())
+            words = set(self.words.value.lower().split())
             self._found = [
                 item
                 for item in self._manifest.split(self.split.value).items
-                if not wanted
-                or any(wanted <= set(caption.lower().split()) for caption in item.captions)
+                if not words
+                or any(words <= set(caption.lower().split()) for caption in item.captions)
             ]
             self.place.max = max(0, len(self._found) - 1)
             self.place.value = min(self.place.value, self.place.max)
@@ -78,93 +74,80 @@ class Explorer:
     def _show(self, change: Any = None) -> None:
         with guarded(self.page):
             if not self._found:
-                self.page.value = paragraph(
-                    f"no caption of {self.split.value} holds all of these words"
-                )
+                message = f"no caption of {self.split.value} holds all of these words"
+                self.page.value = paragraph(message)
                 return
             item = self._found[self.place.value]
-            listed = "".join(f"<li>{text_of(caption)}</li>" for caption in item.captions)
-            count = f"{self.place.value + 1} of {len(self._found)} images: {item.image}"
+            text = f"{item.image}: {' / '.join(item.captions[:1])}"
             self.page.value = (
-                paragraph(count)
-                + photograph(
-                    self._manifest.path(item), f"{item.image}: {' / '.join(item.captions[:1])}"
-                )
-                + f"<ul>{listed}</ul>"
+                paragraph(f"{self.place.value + 1} of {len(self._found)} images: {item.image}")
+                + photograph(self._manifest.path(item), text)
+                + bullets(item.captions)
             )
-
-
-def explorer(manifest: Manifest) -> ipywidgets.VBox:
-    """Return a widget that walks through a dataset; see ``Explorer``."""
-    return Explorer(manifest).widget
 
 
 def beside(
     image: str, captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, float]]:
-    """Score several captions of one image, and one human caption, against the same references.
+    """Score several captions of one image, and a human one, against the same references.
 
-    Each human caption is left out once and scored against the others, and so are the captions each
-    time: with one reference more every score would be higher. What a word is worth for CIDEr-D
-    follows from all of ``references``.
+    Each human caption is left out once and scored against the others; so are the other captions
+    each time, since every further reference raises the scores. CIDEr-D's document frequencies are
+    those of all ``references``.
 
     Args:
         image: the image.
-        captions: who said it -> caption.
-        references: human captions of all images of the split, this one among them.
+        captions: author -> caption.
+        references: human captions of all images of the split, this one included.
 
     Returns:
-        Who -> metric -> score, times 100, mean over the choices of the human caption that is left
-        out.
+        Author -> metric -> score, times 100, mean over the choices of the human caption that is
+        left out.
 
     Raises:
-        CapGenError: an image has fewer than two human captions, or it has none at all.
+        CapGenError: an image has fewer than two human captions, or this one has none.
     """
     if image not in references:
         raise CapGenError(f"there are no references of {image}", "choose an image of this split")
-    each: dict[str, list[dict[str, float]]] = {who: [] for who in (*captions, PEOPLE)}
+    scores: dict[str, dict[str, list[float]]] = {}
     for chosen, others in human_choices(references):
-        for who, caption in {**captions, PEOPLE: chosen[image]}.items():
-            each[who].append(_scores(image, {**chosen, image: caption}, others))
+        for author, caption in {**captions, PEOPLE: chosen[image]}.items():
+            statistics = Statistics.of({**chosen, image: caption}, others)
+            row = statistics.images.index(image)
+            bleu = dict(zip(BLEU_NAMES, bleu_of_sums(statistics.bleu[row]), strict=True))
+            values = bleu | {name: each[row] for name, each in statistics.means.items()}
+            for metric in METRICS:
+                author_scores = scores.setdefault(author, {})
+                author_scores.setdefault(metric, []).append(float(values[metric]))
     return {
-        who: {metric: float(np.mean([one[metric] for one in found])) for metric in METRICS}
-        for who, found in each.items()
+        author: {metric: float(np.mean(values)) for metric, values in each.items()}
+        for author, each in scores.items()
     }
 
 
-def _scores(
-    image: str, said: Mapping[str, str], references: Mapping[str, Sequence[str]]
-) -> dict[str, float]:
-    statistics = Statistics.of(said, references)
-    row = statistics.images.index(image)
-    values = dict(zip(BLEU_NAMES, bleu_of_sums(statistics.bleu[row]).tolist(), strict=True))
-    return values | {name: float(found[row]) for name, found in statistics.means.items()}
-
-
 class BeatTheModel:
-    """The reader types a caption and sees its scores beside the captioner's and a human's.
+    """A game: the reader's caption is scored beside the captioner's and a human's.
 
     Args:
-        captioner: that is to be beaten.
+        captioner: the opponent.
         manifest: the dataset.
-        split: whose images are shown.
-        limit: only the first images of the split, so that scoring takes no time.
+        split: the split whose images are shown.
+        limit: use only the first images of the split, so that scoring takes no time.
 
     Attributes:
         typed, button, another: the reader's caption, the button that scores it, the button for
             another image.
-        page: the image. ``result``: the scores, or what is wrong.
+        page: the image.
+        result: the scores, or an error.
         widget: all of it.
     """
 
     def __init__(
         self, captioner: Captioner, manifest: Manifest, split: str = "test", limit: int | None = 200
     ) -> None:
-        part = manifest.split(split).limit(limit)
-        self._captioner, self._items = (
-            captioner,
-            [item for item in part.items if len(item.captions) > 1],
-        )
+        items = manifest.split(split).limit(limit).items
+        self._captioner = captioner
+        self._items = [item for item in items if len(item.captions) > 1]
         self._paths = {item.image: manifest.path(item) for item in self._items}
         self._references = {item.image: item.captions for item in self._items}
         self._scenes = load_scenes(manifest.root) if scenes_file(manifest.root).is_file() else {}
@@ -185,7 +168,7 @@ class BeatTheModel:
 
     @property
     def image(self) -> str:
-        """Name of the image that is shown."""
+        """The name of the image on the page."""
         return self._items[self._place].image
 
     def _show(self) -> None:
@@ -201,65 +184,46 @@ class BeatTheModel:
         with guarded(self.result):
             text = " ".join(self.typed.value.split())
             if not text or len(text) > LONGEST:
-                problem = (
-                    "there is no caption yet"
-                    if not text
-                    else f"that is longer than {LONGEST} characters"
+                raise CapGenError(
+                    f"that is longer than {LONGEST} characters"
+                    if text
+                    else "there is no caption yet",
+                    "type one sentence about the image",
                 )
-                raise CapGenError(problem, "type one sentence about the image")
             model = self._captioner.caption(self._paths[self.image])[0].text
             captions = {YOU: text, MODEL: model}
-            found = beside(self.image, captions, self._references)
+            scores = beside(self.image, captions, self._references)
+            won = scores[YOU]["CIDEr-D"] > scores[MODEL]["CIDEr-D"]
             self._played += 1
-            self._won += found[YOU]["CIDEr-D"] > found[MODEL]["CIDEr-D"]
-            self.result.value = self._result(captions, found)
-
-    def _result(self, captions: Mapping[str, str], found: Mapping[str, Mapping[str, float]]) -> str:
-        own = self._references[self.image]
-        said = {**captions, PEOPLE: f"(mean of {len(own)})"}
-        more, extra = self._more(captions)
-        rows = [
-            [
-                who,
-                said[who],
-                *(f"{found[who][metric]:.1f}" for metric in METRICS),
-                *extra.get(who, ["-"] * len(more)),
+            self._won += won
+            verdict = "You win by CIDEr-D." if won else "Not ahead by CIDEr-D."
+            people = self._references[self.image]
+            captions_of = {**captions, PEOPLE: f"(mean of {len(people)})"}
+            more = self._more(captions)
+            rows = [
+                [author, caption]
+                + [f"{scores[author][metric]:.1f}" for metric in METRICS]
+                + [values.get(author, "-") for values in more.values()]
+                for author, caption in captions_of.items()
             ]
-            for who in (YOU, MODEL, PEOPLE)
-        ]
-        verdict = (
-            "You win by CIDEr-D."
-            if found[YOU]["CIDEr-D"] > found[MODEL]["CIDEr-D"]
-            else "Not ahead by CIDEr-D."
-        )
-        people = "".join(f"<li>{text_of(caption)}</li>" for caption in own)
-        tally = f"{verdict} {self._won} of {self._played} rounds won."
-        return (
-            table(["", "caption", *METRICS, *more], rows)
-            + paragraph(tally)
-            + f"People wrote:<ul>{people}</ul>"
-        )
+            self.result.value = (
+                table(["", "caption", *METRICS, *more], rows)
+                + paragraph(f"{verdict} {self._won} of {self._played} rounds won.")
+                + f"People wrote:{bullets(people)}"
+            )
 
-    def _more(self, captions: Mapping[str, str]) -> tuple[list[str], dict[str, list[str]]]:
-        """Return what else can be said of captions: whether they are true of a drawn scene, and
-        what a CLIP thinks."""
-        names, values = [], {who: list[str]() for who in captions}
+    def _more(self, captions: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """Return further columns: the truth of captions on drawn scenes, CLIP's cosines."""
+        columns: dict[str, dict[str, str]] = {}
         if self._scenes:
-            names.append("true")
-            for who, caption in captions.items():
-                values[who].append("yes" if is_true(caption, self._scenes[self.image]) else "no")
+            scene = self._scenes[self.image]
+            columns["true"] = {
+                author: "yes" if is_true(caption, scene) else "no"
+                for author, caption in captions.items()
+            }
         scorer = scorer_of(self._captioner)
         if scorer is not None:
-            names.append("CLIP (cosine)")
-            fits = fit(scorer, [self._paths[self.image]], [list(captions.values())])[0]
-            for who, value in zip(captions, fits, strict=True):
-                values[who].append(f"{value:.3f}")
-        return names, values
-
-
-def beat_the_model(
-    captioner: Captioner, manifest: Manifest, split: str = "test"
-) -> ipywidgets.VBox:
-    """Return a widget in which the reader writes captions against a captioner; see
-    ``BeatTheModel``."""
-    return BeatTheModel(captioner, manifest, split).widget
+            cosines = fit(scorer, [self._paths[self.image]], [list(captions.values())])[0]
+            shown = [f"{cosine:.3f}" for cosine in cosines]
+            columns["CLIP (cosine)"] = dict(zip(captions, shown, strict=True))
+        return columns

@@ -1,5 +1,4 @@
-"""Step through a caption: a slider over its words moves the map, with the probabilities of the next
-words beside it."""
+"""The step through a caption: its words, their maps and the next words. See notebooks 10 and 11."""
 
 from typing import Any
 
@@ -22,10 +21,10 @@ def step_through(
     """Return a widget that walks through a caption word by word.
 
     Args:
-        captioner: one that looks: attend_tell, transformer, clip_gpt2.
+        captioner: one with attention: attend_tell, transformer, clip_gpt2.
         image: a path, PIL image or array.
-        caption: what is to be said; by default what the captioner says.
-        options: how it is found, see ``Captioner.caption``.
+        caption: the caption to walk through; by default the captioner's own.
+        options: decoding options, see ``Captioner.caption``.
 
     Raises:
         CapGenError: the captioner has no attention over the image; the caption is empty or too
@@ -37,16 +36,16 @@ def step_through(
 
 
 class Steps:
-    """A slider over the words of a caption, and what it moves.
+    """A slider over the words of a caption, with the map and the next words of each.
 
     Args:
-        image: that the caption is of.
-        maps: where the captioner looked.
-        likely: what it held likely for each word, from ``next_words``.
+        image: the captioned image.
+        maps: the attention for each word.
+        likely: the likeliest next words at each word, from ``next_words``.
 
     Attributes:
         slider: the number of the word.
-        choice: which map is shown: a layer, a head, the mean of all, rollout.
+        choice: the map: of a layer, a head, the mean of all, or rollout.
         sentence: the caption, with the word marked.
         picture: map and probabilities.
         widget: all of it.
@@ -55,11 +54,8 @@ class Steps:
     def __init__(self, image: ImageLike, maps: CaptionMaps, likely: list[list[NextWord]]) -> None:
         self._image, self._maps, self._likely = image, maps, likely
         self._drawn: dict[tuple[str, int], str] = {}
-        last = len(maps.words) - 1
-        choices = maps.choices(heads=True)
-        self.slider = ipywidgets.IntSlider(
-            0, 0, last, description="word", readout=False, continuous_update=True
-        )
+        last, choices = len(maps.words) - 1, maps.choices(heads=True)
+        self.slider = ipywidgets.IntSlider(0, 0, last, description="word", readout=False)
         self.play = ipywidgets.Play(min=0, max=last, interval=1200, description="play")
         self.choice = ipywidgets.Dropdown(
             options=choices, value=MEAN if MEAN in choices else choices[0], description="map"
@@ -68,28 +64,29 @@ class Steps:
         ipywidgets.jslink((self.play, "value"), (self.slider, "value"))
         self.slider.observe(self._show, "value")
         self.choice.observe(self._show, "value")
-        parts = [self.play, self.slider, *([self.choice] if len(choices) > 1 else [])]
-        self.widget = ipywidgets.VBox([self.sentence, ipywidgets.HBox(parts), self.picture])
+        controls = [self.play, self.slider, *([self.choice] if len(choices) > 1 else [])]
+        self.widget = ipywidgets.VBox([self.sentence, ipywidgets.HBox(controls), self.picture])
         self.widget.add_class("capgen-steps")
         self._show()
 
     def _show(self, change: Any = None) -> None:
         with guarded(self.picture):
             word, choice = self.slider.value, self.choice.value
-            marked = [
-                f"<mark>{text_of(text)}</mark>" if i == word else text_of(text)
-                for i, text in enumerate(self._maps.texts)
-            ]
-            self.sentence.value = " ".join(marked)
-            self.picture.value = self._drawn.get((choice, word)) or self._draw(choice, word)
+            texts = [text_of(text) for text in self._maps.texts]
+            texts[word] = f"<mark>{texts[word]}</mark>"
+            self.sentence.value = " ".join(texts)
+            if (choice, word) not in self._drawn:
+                self._drawn[choice, word] = self._draw(choice, word)
+            self.picture.value = self._drawn[choice, word]
 
     def _draw(self, choice: str, word: int) -> str:
-        maps, likely = self._maps.of(choice), self._likely[word]
-        top = scale_top(maps * maps.shape[1])
+        maps, likely = self._maps.of(choice), self._likely[word]  # (words, N)
+        text, top = self._maps.texts[word], scale_top(maps * maps.shape[1])
         figure = attention_step(
-            self._image, maps[word], top, likely, self._maps.texts[word], self._maps.preprocessing
+            self._image, maps[word], top, likely, text, self._maps.preprocessing
         )
         shown = ", ".join(f"{each.text} {each.probability:.0%}" for each in likely[:3])
-        text = f"Where the captioner looked ({choice}) when it said: {self._maps.texts[word]}. Likeliest: {shown}."
-        self._drawn[choice, word] = drawn(figure, text)
-        return self._drawn[choice, word]
+        return drawn(
+            figure,
+            f"The captioner's attention ({choice}) for the word: {text}. Likeliest: {shown}.",
+        )

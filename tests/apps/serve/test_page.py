@@ -234,7 +234,8 @@ def test_it_fits_a_phone(browser: Any, served: list[Served], scheme: str) -> Non
         )
         small = page.evaluate(
             "[...document.querySelectorAll('button, label.button, select')]"
-            ".filter(e => e.offsetParent).map(e => [e.textContent, e.offsetHeight]).filter(([, height]) => height < 30)"
+            ".filter(e => e.offsetParent).map(e => [e.textContent, e.offsetHeight])"
+            ".filter(([, height]) => height < 30)"
         )
         assert small == [], "a finger hits them"
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
