@@ -1,4 +1,4 @@
-"""What a results file has to hold, for those that tests write and those that the repository holds."""
+"""What every results file must hold: those of the repository and those that tests write."""
 
 import json
 import re

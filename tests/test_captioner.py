@@ -1,4 +1,4 @@
-"""``Captioner``: one image or many, whatever they come as; a bad one among many spoils only itself."""
+"""``Captioner``: one image or many, of any kind; a bad one affects only itself."""
 
 import itertools
 from pathlib import Path
