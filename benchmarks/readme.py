@@ -418,7 +418,7 @@ def picture(path: Path = RESULTS / "readme.png") -> None:
     figure, axes = plt.subplots(3, 5, figsize=(10, 6.6), layout="constrained")
     for row, entry in zip(axes, judged["photographs"], strict=True):
         photo = REPOSITORY / "data" / "photos" / entry["photograph"]
-        caption, maps = captioner.attention(photo)
+        caption, maps = captioner.attention(photo, **judged["decoding"])
         if caption.text != entry["caption"]:
             raise SystemExit(f"{photo.name}: {caption.text!r} was not judged; judge it anew")
         weights = maps[list(maps)[-1]]
