@@ -415,25 +415,26 @@ def picture(path: Path = RESULTS / "readme.png") -> None:
 
     judged = read("readme")
     captioner = Captioner.from_bundle(REPOSITORY / judged["bundle"])
-    figure, axes = plt.subplots(3, 5, figsize=(10, 6.6), layout="constrained")
-    for row, entry in zip(axes, judged["photographs"], strict=True):
+    preprocessing = captioner.encoder.preprocessing
+    figure = plt.figure(figsize=(10, 6.3), layout="constrained")
+    for row, entry in zip(figure.subfigures(3), judged["photographs"], strict=True):
         photo = REPOSITORY / "data" / "photos" / entry["photograph"]
         caption, maps = captioner.attention(photo, **judged["decoding"])
         if caption.text != entry["caption"]:
-            raise SystemExit(f"{photo.name}: {caption.text!r} was not judged; judge it anew")
-        weights = maps[list(maps)[-1]]
-        values = weights.mean(1) if weights.ndim == 3 else weights  # (words, N)
-        row[0].imshow(plt.imread(photo))
-        for ax, word in zip(row[1:], entry["words"], strict=True):
-            step = caption.words.index(word)
-            preprocessing = captioner.encoder.preprocessing
-            looked = overlay(plt.imread(photo), values[step], preprocessing, scale_top(values))
-            ax.imshow(looked)
+            raise SystemExit(f"{photo.name}: nobody has judged {caption.text!r}")
+        steps = [caption.words.index(word) for word in entry["words"]]
+        weights = maps[list(maps)[-1]].mean(1)[steps]  # (4, heads, N) -> (4, N)
+        values = weights * weights.shape[1]  # in multiples of even attention
+        first, *axes = row.subplots(1, 5)
+        first.imshow(plt.imread(photo))
+        for ax, word, value in zip(axes, entry["words"], values, strict=True):
+            ax.imshow(overlay(photo, value, preprocessing, scale_top(values)))
             ax.set_title(word, fontsize=11)
-        for ax in row:
+        for ax in (first, *axes):
             ax.axis("off")
         title = f"{entry['verdict']}: {caption.text}"
-        row[0].set_title(title, color=COLOURS[entry["verdict"]], loc="left", pad=24, fontsize=13)
+        colour = COLOURS[entry["verdict"]]
+        row.suptitle(title, color=colour, x=0.01, ha="left", fontsize=14, fontweight="bold")
     figure.savefig(path, dpi=80)
 
 
