@@ -1,14 +1,14 @@
-# CapGen: `make` shows the targets. The first one that needs it sets up .venv, once.
+# CapGen: `make` lists the targets. The first target that needs .venv sets it up, once.
 #
-#   make PYTHON=/path/to/python   uses that interpreter; without it the first suitable one of CANDIDATES is taken.
-#   Without a GPU a much smaller download is enough:
+#   make PYTHON=/path/to/python   uses that interpreter, instead of the first suitable one of CANDIDATES.
+#   Without a GPU, a much smaller download is enough:
 #   make PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-#   For a class without network: `make wheelhouse` once, where there is one; then, with the folder copied,
-#   make setup WHEELHOUSE=wheelhouse   installs from it alone.
+#   Without network: run `make wheelhouse` on a machine that has one, copy the folder, then
+#   make setup WHEELHOUSE=wheelhouse   installs from that folder only.
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Written last: a set-up that was interrupted has no stamp and is taken up again by the next make.
+# Written last, so that the next make continues an interrupted set-up.
 STAMP := $(VENV)/.complete
 CANDIDATES := python3 python3.13 python3.12 python3.11 python
 
@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ifdef PIP_EXTRA_INDEX_URL
 export PIP_EXTRA_INDEX_URL
 endif
-# With WHEELHOUSE=folder nothing is asked of any index, whatever the machine's own pip settings are.
+# With WHEELHOUSE=folder, pip contacts no index, whatever the machine's pip settings.
 ifdef WHEELHOUSE
 INDEX := --isolated --no-index --find-links '$(WHEELHOUSE)'
 endif
@@ -25,10 +25,10 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help setup check-python wheelhouse course test lint bench readme lab demo demo-picture notebooks bundles first-cells clean
 
-help: ## show this list
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Sets $$chosen: 3.11 to 3.13 first, anything newer where there is nothing better; else says what was found and ends.
+# Sets $$chosen: 3.11 to 3.13 first, then anything newer; otherwise prints what was found and fails.
 define CHOOSE_PYTHON
 chosen=; newer=; found=; \
 set -- $(if $(PYTHON),"$(PYTHON)",$(CANDIDATES)); \
@@ -50,10 +50,10 @@ if [ -z "$$chosen" ]; then \
 fi
 endef
 
-check-python: ## say which Python the set-up would use
+check-python: ## print the Python that the set-up would use
 	@$(CHOOSE_PYTHON); echo "$$chosen ($$("$$chosen" --version 2>&1))"
 
-setup: $(STAMP) ## make .venv with the exact versions of constraints.txt
+setup: $(STAMP) ## create .venv with the exact versions of constraints.txt
 
 $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@rm -f $(STAMP)
@@ -68,8 +68,8 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	$(RUN) -m pip install -q $(INDEX) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(STAMP)
 
-# Source distributions are built here, so that the class needs no compiler and no build tools.
-wheelhouse: ## collect everything the set-up needs in wheelhouse/, for machines without network
+# Source distributions are built here, so that the other machines need no compiler.
+wheelhouse: ## collect all packages in wheelhouse/, for machines without network
 	@$(CHOOSE_PYTHON); \
 	"$$chosen" -m venv --clear .wheelhouse-venv && \
 	.wheelhouse-venv/bin/python -m pip wheel -q -w wheelhouse -c constraints.txt \
@@ -77,11 +77,11 @@ wheelhouse: ## collect everything the set-up needs in wheelhouse/, for machines 
 	rm -rf .wheelhouse-venv wheelhouse/capgen_utils-* build
 	@echo "wheelhouse/ holds $$(ls wheelhouse | wc -l) wheels for $$(uname -sm); then: make setup WHEELHOUSE=wheelhouse"
 
-course: $(STAMP) ## the whole course in small; TRAIN=0 takes the captioners that ship
+course: $(STAMP) ## run all notebooks on drawn scenes; TRAIN=0 uses the captioners that ship
 	$(RUN) -m capgen_utils course $(if $(filter 0,$(TRAIN)),--no-train)
 
-test: lint ## ruff, mypy and all tests
-	$(RUN) -m pytest
+test: lint ## lint, then all tests, with coverage
+	$(RUN) -m pytest --cov --cov-report=term
 
 lint: $(STAMP) ## ruff, mypy and the order of the folders
 	$(RUN) -m ruff check .
@@ -91,30 +91,30 @@ lint: $(STAMP) ## ruff, mypy and the order of the folders
 bench: $(STAMP) ## measure speed and memory
 	$(RUN) benchmarks/run.py
 
-readme: $(STAMP) ## put the figures of results/ into README.md
+readme: $(STAMP) ## generate the figures in README.md and docs/ from results/ and the parser
 	$(RUN) benchmarks/readme.py
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab notebooks
 
-# Uploads come as one message each; the server's own limit of 10 MB is less than many a photograph.
+# Each upload is one websocket message; the default limit of 10 MB is too low for many photographs.
 demo: $(STAMP) ## open the demo as an app: caption your own photographs
 	@$(RUN) -c 'import voila' 2>/dev/null || $(RUN) -m pip install -q $(INDEX) -c constraints.txt 'voila>=0.5.8'
 	$(RUN) -m voila notebooks/demo.ipynb --Voila.tornado_settings="{'websocket_max_message_size': 209715200}"
 
-demo-picture: $(STAMP) ## drive the demo in Chromium and keep results/demo.png
+demo-picture: $(STAMP) ## drive the demo in Chromium and write results/demo.png
 	@$(RUN) -c 'import voila' 2>/dev/null || $(RUN) -m pip install -q $(INDEX) -c constraints.txt 'voila>=0.5.8'
 	$(RUN) benchmarks/demo.py
 
-notebooks: $(STAMP) ## run every notebook from the first cell to the last
+notebooks: $(STAMP) ## run every notebook and store its outputs
 	$(RUN) -m capgen_utils course --keep
 
-bundles: $(STAMP) ## write the trained captioners of drawn scenes small, into data/bundles
+bundles: $(STAMP) ## write the captioners of drawn scenes to data/bundles, 8 bits per weight
 	$(RUN) -m capgen_utils.apps.authoring.ship
 
 first-cells: $(STAMP) ## write the first cell and the badges of all notebooks; TAG=v0.1.0 for a release
 	$(RUN) -m capgen_utils.apps.authoring.stamping $(if $(TAG),--tag $(TAG))
 
-clean: ## delete caches and build outputs; .venv and data stay
+clean: ## delete caches and build outputs, but not .venv and data
 	rm -rf build dist *.egg-info course-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

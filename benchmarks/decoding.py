@@ -171,11 +171,12 @@ def compare(
         lambda: ours(model, images, beam, fixed), lambda: librarys(library, images, beam, fixed)
     )
     lengths = [len(caption) for caption in own]
+    equal = sum(a == b for a, b in zip(own, other, strict=True))
     return {
         "captions_per_second": round(len(images) / seconds, 1),
         "library_captions_per_second": round(len(images) / library_seconds, 1),
         "ratio": round(library_seconds / seconds, 2),
-        "equal_captions": f"{sum(a == b for a, b in zip(own, other, strict=True))} of {len(images)}",
+        "equal_captions": f"{equal} of {len(images)}",
         "words": {"mean": round(sum(lengths) / len(lengths), 1), "longest": max(lengths)},
     }
 

@@ -31,7 +31,8 @@ QUIET = [
     "--no-first-run",
     "--disable-background-networking",
 ]
-_KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"  # of the notebook in front
+# The kernel of the notebook in front.
+_KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
 START, ANSWER = 180, 300  # seconds for a server or a kernel to start, and for a caption
 LARGEST = (
     200 * 1024 * 1024

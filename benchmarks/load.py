@@ -71,7 +71,7 @@ class Server:
             time.sleep(0.05)
 
     def memory(self) -> tuple[int, int]:
-        """Return resident and anonymous memory in bytes; the latter leaves memory-mapped files out."""
+        """Return resident and anonymous memory (without memory-mapped files) in bytes."""
         found = psutil.Process(self.process.pid).memory_info()
         return found.rss, found.rss - getattr(found, "shared", 0)
 

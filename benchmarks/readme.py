@@ -1,6 +1,11 @@
-"""``make readme``: writes the figures of results/*.json into the marked blocks of README.md; a test
-compares them."""
+"""Write the generated parts of README.md, docs/results.md and docs/cli.md: ``make readme``.
 
+Figures come from results/*.json, the command line from its parser. Tests compare the pages with
+them. ``python benchmarks/readme.py --picture`` also draws results/readme.png, whose captions a
+person judges in results/readme.json.
+"""
+
+import argparse
 import json
 import re
 import sys
@@ -10,7 +15,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "results"
-PICTURED = "dog_panting.jpg"
+PAGES = ("README.md", "docs/results.md", "docs/cli.md")
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -20,34 +25,48 @@ def read(name: str) -> Any:
 
 
 def setting(facts: Mapping[str, Any]) -> str:
-    """Say on what machine and with which versions something was measured."""
+    """Return the machine and the versions of a measurement."""
     versions = facts["versions"]
     where = facts["accelerator"] or f"{facts['cpu']}, {facts['cores']} cores"
     return f"{where}, torch {versions['torch']}, Python {facts['python']}"
 
 
 def results(dataset: str | None = None) -> dict[str, Any]:
-    """Return the evaluations of ``dataset``'s test split, or of everything, by the names of their
-    files."""
+    """Return the evaluations of a dataset's test split, or all of them, by file name."""
     from capgen_utils.evaluation.leaderboard import by_split, read_results
 
-    found = read_results(RESULTS)
-    return found if dataset is None else by_split(found)[dataset, "test"]
+    everything = read_results(RESULTS)
+    return everything if dataset is None else by_split(everything)[dataset, "test"]
+
+
+def scores() -> str:
+    """BLEU-4 and CIDEr-D of every captioner on Flickr8k beside the human row, for the README."""
+    from capgen_utils.evaluation.leaderboard import number, table
+
+    systems = sorted(
+        results("flickr8k").values(), key=lambda each: -each["people"]["system"]["scores"]["BLEU-4"]
+    )
+    rows = [("*one human*", "-", systems[0]["people"]["human"])]
+    rows += [(f"`{s['model']}`", s["protocol"]["encoder"], s["people"]["system"]) for s in systems]
+    lines = [
+        [name, eyes, number(row, "BLEU-4"), number(row, "CIDEr-D")] for name, eyes, row in rows
+    ]
+    return table(["captions", "encoder", "BLEU-4", "CIDEr-D"], lines)
 
 
 def scored(dataset: str, definitions: bool = True) -> str:
-    """Scores beside floors and people, with their protocol; ``definitions`` of the metrics stand on
-    the page once."""
+    """Scores beside floors and people, with their protocol; define the metrics if wanted."""
     from capgen_utils.evaluation.leaderboard import people_table, protocol_lines, scores_table
 
-    found = results(dataset)
-    tables = [scores_table(found), people_table(found), protocol_lines(found, definitions)]
-    wrong = [result["scores"]["BLEU-4 on the wrong images"] for result in found.values()]
-    tables[-1] += (
-        f"\n\nThe same captions on the wrong images score {min(wrong):.1f}"
-        + (f" to {max(wrong):.1f}" if len(wrong) > 1 else "")
-        + " BLEU-4."
-    )
+    evaluations = results(dataset)
+    wrong = [each["scores"]["BLEU-4 on the wrong images"] for each in evaluations.values()]
+    tables = [
+        scores_table(evaluations),
+        people_table(evaluations),
+        protocol_lines(evaluations, definitions),
+        f"Paired with the wrong images, the same captions score {min(wrong):.1f} to "
+        f"{max(wrong):.1f} BLEU-4.",
+    ]
     return "\n\n".join(filter(None, tables))
 
 
@@ -66,8 +85,10 @@ def shapes() -> str:
         for r in results("shapes").values()
         if r["protocol"]["encoder"] == encoder
     )
-    minutes = f"{run['minutes']:.1f} min"
-    return f"{scored('shapes', definitions=False)} Pre-training of the encoder, once for all: {minutes}."
+    return (
+        f"{scored('shapes', definitions=False)} Pre-training their encoder takes "
+        f"{run['minutes']:.1f} min, once."
+    )
 
 
 def cost() -> str:
@@ -78,8 +99,7 @@ def cost() -> str:
 
 
 def reranking() -> str:
-    """What CLIP's choice among candidates does to the scores, and what a CLIP thinks of it that had
-    no part in it."""
+    """How re-ranking by CLIP changes the scores, and the CLIPScore of an independent CLIP."""
     from capgen_utils.evaluation.leaderboard import table
 
     def moved(
@@ -118,14 +138,13 @@ def reranking() -> str:
         "changed",
         "BLEU-4",
         "CIDEr-D",
-        "judge's CLIPScore",
+        "CLIPScore, independent CLIP",
     ]
     return table([*head, "of a human caption", "true"], rows)
 
 
 def attention() -> str:
-    """Whether attention is where the thing is, and whether it matters: pointing game and deletion
-    test."""
+    """Pointing game and deletion test: is attention on the object, and does it matter?"""
     from capgen_utils.evaluation.leaderboard import table
 
     found = [
@@ -166,15 +185,16 @@ def attention() -> str:
         "map",
         "images",
         "words",
-        "where it looked",
+        "own map",
         "random patch",
-        "another's place",
+        "another word's map",
     ]
-    other += ["further than random", "further than another's"]
+    other += ["more than random", "more than another word's"]
     rules = found[0]["protocol"]
     protocol = (
-        f"Hidden: {rules['share']:.0%} of the cells, under the {rules['fill']}; {rules['draws']} random patches a "
-        f"word; the first images of the test split. Brackets: {rules['intervals']}."
+        f"Deletion: {rules['share']:.0%} of the cells are replaced by the {rules['fill']}; "
+        f"{rules['draws']} random patches per word; the first images of the test split. "
+        f"Brackets: {rules['intervals']}."
     )
     return f"{table(head, pointed)}\n\n{table(other, hidden)}\n\n{protocol}"
 
@@ -203,8 +223,9 @@ def published() -> str:
             "source": "this course",
             "encoder": result["protocol"]["encoder"],
             "scores": result["scores"] | {"METEOR": result["scores"].get(METEOR_JAVA)},
-            "protocol": f"official split, {result['protocol']['images']:,} images, five references; equal to the COCO "
-            f"caption evaluation's tools, METEOR 1.5; {ways_of(result['protocol'])}",
+            "protocol": f"official split, {result['protocol']['images']:,} images, 5 references; "
+            "equal to the COCO caption evaluation's tools, METEOR 1.5; "
+            f"{ways_of(result['protocol'])}",
         }
         for result in results("flickr8k").values()
     ]
@@ -226,7 +247,8 @@ def speed() -> str:
     greedy, beam = (f"{decoding[f'captions_per_second_beam_{width}']}" for width in (1, 5))
     rates = [
         (
-            f"features of {extraction['images']} photographs, JPEG decoding included ({extraction['encoder']})",
+            f"features of {extraction['images']} photographs, JPEG decoding included "
+            f"({extraction['encoder']})",
             f"{extraction['images_per_second']} images/s",
             extraction,
         ),
@@ -276,8 +298,8 @@ def beside_library(part: Mapping[str, Any]) -> str:
     from capgen_utils.evaluation.leaderboard import table
 
     kinds = {
-        "": "captions end by themselves",
-        "_fixed_length": "all of one length",
+        "": "until the end token",
+        "_fixed_length": "fixed length",
         "_one_image": "one image",
     }
     lines = []
@@ -295,7 +317,8 @@ def beside_library(part: Mapping[str, Any]) -> str:
         lines,
     )
     load = part["machine"]["load"]
-    return f"{shown}\n\nBatch {part['batch']}, {part['dtype']}, {part['threads']} threads, load before {load}."
+    setting = f"Batch {part['batch']}, {part['dtype']}, {part['threads']} threads"
+    return f"{shown}\n\n{setting}, load before {load}."
 
 
 def under_load(part: Mapping[str, Any]) -> str:
@@ -303,7 +326,7 @@ def under_load(part: Mapping[str, Any]) -> str:
     from capgen_utils.evaluation.leaderboard import table
 
     lines = []
-    for search, text in {"greedy": "greedy", "default": "the captioner's own"}.items():
+    for search, text in {"greedy": "greedy", "default": "the bundle's default"}.items():
         for kind in ("one_client", "many_clients"):
             each = part[search][kind]
             times = (f"{each[f'{p}_milliseconds']} ms" for p in ("p50", "p95", "p99"))
@@ -330,13 +353,36 @@ def under_load(part: Mapping[str, Any]) -> str:
     ]
     many, load = part["default"]["many_clients"], part["machine"]["load"]
     return (
-        f"{table(head, lines)}\n\nClients share the machine with the service; {many['seconds']:.0f} s with many, "
-        f"load before {load}. Batching gains {part['greedy']['ratio']} and {part['default']['ratio']} times over one "
-        "request at a time."
+        f"{table(head, lines)}\n\nClients run on the same machine, {many['seconds']:.0f} s with 24 "
+        f"of them; load before {load}. Batching is {part['greedy']['ratio']} and "
+        f"{part['default']['ratio']} times as fast as one request at a time."
     )
 
 
+def commands() -> str:
+    """Every command of the command line with its arguments, from the parser."""
+    from capgen_utils.apps.cli.main import make_parser, subparsers
+
+    sections = []
+    for name, parser in subparsers(make_parser()).items():
+        lines = [f"## capgen {name}", "", parser.description or "", ""]
+        rows = [action for action in parser._actions if action.dest != "help"]
+        if rows:
+            lines += ["| argument | meaning |", "| --- | --- |"]
+        for action in rows:
+            value = "\\|".join(map(str, action.choices or ())) or action.metavar
+            value = value or (action.dest.upper() if action.option_strings else action.dest)
+            names = [f"{option} {value}" for option in action.option_strings or [""]]
+            if action.nargs == 0:
+                names = action.option_strings
+            text = parser._get_formatter()._expand_help(action).replace("|", "\\|")
+            lines.append(f"| {', '.join(f'`{name.strip()}`' for name in names)} | {text} |")
+        sections.append("\n".join(lines).rstrip())
+    return "\n\n".join(sections)
+
+
 FIGURES = {
+    "scores": scores,
     "flickr8k": flickr8k,
     "published": published,
     "shapes": shapes,
@@ -344,37 +390,65 @@ FIGURES = {
     "speed": speed,
     "reranking": reranking,
     "attention": attention,
+    "commands": commands,
 }
 
 
 def fill(text: str) -> str:
-    """Return ``text`` with every marked block made anew from the results files."""
+    """Return ``text`` with every marked block generated again."""
     return BLOCK.sub(lambda block: f"{block[1]}{FIGURES[block[2]]()}\n{block[3]}", text)
 
 
-def picture() -> None:
-    """Draw a sample photograph, its caption, and where the captioner looked for each word, into
-    results/caption.png."""
-    from capgen_utils import Captioner
-    from capgen_utils.show.plots import attention_panel
+COLOURS = {"right": "#1a7f37", "nearly right": "#9a6700", "wrong": "#b42318"}
 
-    captioner = Captioner.from_bundle()
-    photo = REPOSITORY / "data" / "photos" / PICTURED
-    caption, looked = captioner.attention(photo)
-    last = list(looked)[-1]
-    columns = -(-(len(caption.words) + 1) // 2)
-    figure = attention_panel(
-        photo, caption.words, looked[last], captioner.encoder.preprocessing, columns
-    )
-    figure.suptitle(caption.text, fontsize=14)
-    figure.savefig(REPOSITORY / "results" / "caption.png", dpi=80)
+
+def picture(path: Path = RESULTS / "readme.png") -> None:
+    """Draw three photographs, each with its caption, a person's verdict and attention over words.
+
+    results/readme.json names bundle, photographs, captions and verdicts. The captions are made
+    again, so that a verdict on another caption is an error.
+    """
+    import matplotlib.pyplot as plt
+
+    from capgen_utils import Captioner
+    from capgen_utils.show.plots.looks import overlay, scale_top
+
+    judged = read("readme")
+    captioner = Captioner.from_bundle(REPOSITORY / judged["bundle"])
+    preprocessing = captioner.encoder.preprocessing
+    figure = plt.figure(figsize=(10, 6.3), layout="constrained")
+    for row, entry in zip(figure.subfigures(3), judged["photographs"], strict=True):
+        photo = REPOSITORY / "data" / "photos" / entry["photograph"]
+        caption, maps = captioner.attention(photo, **judged["decoding"])
+        if caption.text != entry["caption"]:
+            raise SystemExit(f"{photo.name}: nobody has judged {caption.text!r}")
+        steps = [caption.words.index(word) for word in entry["words"]]
+        weights = maps[list(maps)[-1]].mean(1)[steps]  # (4, heads, N) -> (4, N)
+        values = weights * weights.shape[1]  # in multiples of even attention
+        first, *axes = row.subplots(1, 5)
+        first.imshow(plt.imread(photo))
+        for ax, word, value in zip(axes, entry["words"], values, strict=True):
+            ax.imshow(overlay(photo, value, preprocessing, scale_top(values)))
+            ax.set_title(word, fontsize=11)
+        for ax in (first, *axes):
+            ax.axis("off")
+        title = f"{entry['verdict']}: {caption.text}"
+        colour = COLOURS[entry["verdict"]]
+        row.suptitle(title, color=colour, x=0.01, ha="left", fontsize=14, fontweight="bold")
+    figure.savefig(path, dpi=80)
+
+
+def main() -> int:
+    """Write the pages, and the picture if asked."""
+    parser = argparse.ArgumentParser(description="Write the generated parts of the pages.")
+    parser.add_argument("--picture", action="store_true", help="also draw results/readme.png")
+    if parser.parse_args().picture:
+        picture()
+    for name in PAGES:
+        page = REPOSITORY / name
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(REPOSITORY))
-    from capgen_utils.common.files import write_text
-
-    picture()
-
-    readme = REPOSITORY / "README.md"
-    write_text(readme, fill(readme.read_text(encoding="utf-8")))
+    sys.exit(main())

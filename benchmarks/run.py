@@ -1,7 +1,6 @@
-"""``make bench``: rates of extraction, training, decoding and scoring, and peak memory:
-``results/benchmarks.json``.
+"""Measure speed and peak memory, to results/benchmarks.json: ``make bench``.
 
-Each part runs in a process of its own, so that its peak memory is its own. Times are best of
+Each part runs in its own process, so that its peak memory can be measured. Times are the best of
 several runs.
 """
 
@@ -19,22 +18,19 @@ from typing import Any
 
 import psutil
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
-
 from capgen_utils.common.device import choose_device, choose_dtype
 from capgen_utils.common.files import CapGenError, write_json
 from capgen_utils.common.machine import machine
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.presets import PRESETS
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 DECODED = 256  # images that are captioned for a rate of decoding
 STEPS = 40  # training steps that are timed
 
 
 class PeakMemory:
-    """Samples this process's anonymous memory: what the system cannot drop, memory-mapped files
-    left out."""
+    """Sample this process's anonymous memory, which excludes memory-mapped files."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -57,7 +53,7 @@ class PeakMemory:
 
 
 def flickr8k_or_shapes(limit: int | None = None) -> Any:
-    """The real photographs where they are at hand, else the drawn scenes; the result names which."""
+    """Return Flickr8k if it is available, else the drawn scenes."""
     try:
         return load_dataset("flickr8k", limit=limit)
     except CapGenError:
@@ -66,7 +62,7 @@ def flickr8k_or_shapes(limit: int | None = None) -> Any:
 
 
 def every_image() -> Any:
-    """All images of the folder, those in no split list included, as one manifest without captions."""
+    """Return all images of the folder, in a split or not, as a manifest without captions."""
     from capgen_utils.data.manifest import Item, Manifest
 
     known = flickr8k_or_shapes()

@@ -100,17 +100,19 @@ def _score_words(
 
 
 WORDS = """
-    a the dog dogs woman man's men's runs running red can't don't won't shouldn't cannot Cannot CANNOT gonna gotta wanna
-    it's It's they're we've I'd he'll I'm o'clock rock'n'roll 'n' 'em 'tis 'Twas y'all O'Brien D'Angelo d'oh ma'am c'mon
-    Mr. Mrs. St. Dr. Jr. U.S. D.C. R.V. a.m. p.m. e.g. i.e. etc. vs. No. Jan. Oct. Inc. Ill. ill. Miss. miss. ft. X. I.
-    5 10 28 1,000 3.5 1/2 2nd 4-wheel 4x4 3-D 10-year-old 5.5-inch 24/7 12:30 5pm 50% $5 #5 US$5 '80s 80's 1990s
-    t-shirt T-shirt x-ray e-mail re-do black-and-white and/or w/ a/c & AT&T at&t R&B black&white @ #tag @name * + = %
-    ( ) [ ] { } " ' `` '' ` , . ; : ! ? !! ?! ... -- - --- _ < > <unk> <b> </i> :) ;-) :( & &amp; / ~ 12-inch
-    colour grey centre theatre travelling jewellery moustache pyjamas favourite neighbours tyre kerb programme realise
-    cafe\u0301 caf\xe9 na\xefve \xfcber \xa35 5\u20ac \xbd 5\xb0 it\u2019s don\u2019t \u201chello\u201d
-    \u2018hello\u2019. \u2014 \u2013 \u2026 'hello' "hello" (hello) hello, hello. hello! hello? hello; hello... hello--
-    hello.there hello,there hello/there ...hello wasn't. it's, dogs' 'cause 'till n't 's 'll 'since 'sup
-    foo.jpg foo@bar.org www.example.org http://example.org/a?b=c
+    a the dog dogs woman man's men's runs running red can't don't won't shouldn't cannot Cannot
+    CANNOT gonna gotta wanna it's It's they're we've I'd he'll I'm o'clock rock'n'roll 'n' 'em
+    'tis 'Twas y'all O'Brien D'Angelo d'oh ma'am c'mon Mr. Mrs. St. Dr. Jr. U.S. D.C. R.V. a.m.
+    p.m. e.g. i.e. etc. vs. No. Jan. Oct. Inc. Ill. ill. Miss. miss. ft. X. I. 5 10 28 1,000 3.5
+    1/2 2nd 4-wheel 4x4 3-D 10-year-old 5.5-inch 24/7 12:30 5pm 50% $5 #5 US$5 '80s 80's 1990s
+    t-shirt T-shirt x-ray e-mail re-do black-and-white and/or w/ a/c & AT&T at&t R&B black&white @
+    #tag @name * + = % ( ) [ ] { } " ' `` '' ` , . ; : ! ? !! ?! ... -- - --- _ < > <unk> <b> </i>
+    :) ;-) :( & &amp; / ~ 12-inch colour grey centre theatre travelling jewellery moustache
+    pyjamas favourite neighbours tyre kerb programme realise cafe\u0301 caf\xe9 na\xefve \xfcber
+    \xa35 5\u20ac \xbd 5\xb0 it\u2019s don\u2019t \u201chello\u201d \u2018hello\u2019. \u2014
+    \u2013 \u2026 'hello' "hello" (hello) hello, hello. hello! hello? hello; hello... hello--
+    hello.there hello,there hello/there ...hello wasn't. it's, dogs' 'cause 'till n't 's 'll
+    'since 'sup foo.jpg foo@bar.org www.example.org http://example.org/a?b=c
 """
 PIECES = WORDS.split()
 

@@ -82,7 +82,7 @@ def train(
 
 
 def bulk(folder: Path, output: str = "out.jsonl", resume: bool = False) -> None:
-    """Caption the folder's photos into a file, slowly, so that a kill can come between two batches."""
+    """Caption the photos of a folder slowly, so that a kill can come between two batches."""
     from capgen_utils.apps.cli import bulk as module
     from capgen_utils.apps.cli import main as cli
 

@@ -107,7 +107,8 @@ def test_every_captioner_survives_saving_and_loading(tmp_path: Path, name: str) 
 
 
 def test_a_new_process_gives_the_same_captions(original: Path) -> None:
-    script = "import sys; from capgen_utils import Captioner; c = Captioner.from_bundle(sys.argv[1], 'cpu')\n"
+    script = "import sys; from capgen_utils import Captioner\n"
+    script += "c = Captioner.from_bundle(sys.argv[1], 'cpu')\n"
     script += "for r in c.caption(sys.argv[2:]): print(r.text, f'{r.log_probability:.4f}')"
     photos = sorted(PHOTOS.glob("*.jpg"))[:4]
     done = run_python("-c", script, str(original), *map(str, photos))
@@ -508,7 +509,8 @@ try:
     if sys.argv[2] == "bundle":
         save_bundle(Path(sys.argv[1]), bundle)
     else:
-        save_checkpoint(Path(sys.argv[1]).parent / "checkpoint.safetensors", {"a": torch.ones(100_000)}, {})
+        checkpoint = Path(sys.argv[1]).parent / "checkpoint.safetensors"
+        save_checkpoint(checkpoint, {"a": torch.ones(100_000)}, {})
 except CapGenError as error:
     print("explained:", error)
 """

@@ -1,4 +1,4 @@
-"""Rules about the repository itself: dependencies, floors, docstrings, licences, and the set-up."""
+"""Rules of the repository: dependencies, structure, docstrings, licences and the set-up."""
 
 import ast
 import functools
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import repository_files
+from helpers import load_benchmark, repository_files
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -24,6 +24,10 @@ PHOTOS = ROOT / "data" / "photos"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 MAX_LINES = 40  # of a function, without its docstring
+MAX_CHAIN = 16  # modules in the longest path of imports, those inside functions included
+MAX_MODULES = 12  # in a folder
+MAX_TOP_LEVEL = 8  # the seven modules, and py.typed
+MAX_USED_ONCE = 0.17  # of all functions: private ones that are used in one line only
 TEXT_SUFFIXES = {"", ".cfg", ".ipynb", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|mnt|opt|srv|work)/[\w./-]+")
 # Files that may hold a path of that kind: file -> why. Paths inside a container are no one's
@@ -130,6 +134,49 @@ def test_every_link_to_the_repository_is_made_from_the_one_address() -> None:
         assert set(link.findall(text)) <= {own}, name
 
 
+# --- the structure
+
+structure = load_benchmark("structure")
+
+
+def test_the_longest_chain_of_imports_is_short() -> None:
+    chain = structure.longest_chain()
+    assert len(chain) <= MAX_CHAIN, " > ".join(chain)
+
+
+def test_folders_are_small_and_the_top_level_holds_seven_modules() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= MAX_TOP_LEVEL
+    folders = {path.parent for path in trees()}
+    sizes = {f.relative_to(PACKAGE).as_posix(): len(list(f.glob("[!_]*.py"))) for f in folders}
+    assert {name: size for name, size in sizes.items() if size > MAX_MODULES} == {}
+
+
+def test_lines_are_short() -> None:
+    assert len(structure.long_lines()) <= 170
+
+
+def test_few_private_functions_are_used_only_once() -> None:
+    once, count = structure.named_once()
+    assert len(once) <= MAX_USED_ONCE * count, sorted(once)
+
+
+def test_the_structure_command_counts_imports_inside_functions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "capgen_utils"
+    (folder / "b").mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "b" / "__init__.py").write_text("")
+    (folder / "a.py").write_text("def f():\n    from capgen_utils.b import c\n")
+    (folder / "b" / "c.py").write_text("from capgen_utils.d import _once\n")
+    (folder / "d.py").write_text("def _once(): ...\n_once()\n")
+    parsed = {path: ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}
+    monkeypatch.setattr(structure, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(structure, "trees", lambda: parsed)
+    assert structure.longest_chain() == ["capgen_utils.a", "capgen_utils.b.c", "capgen_utils.d"]
+    assert dict(structure.functions(folder)) == {"a.py:1 f": 2, "d.py:1 _once": 1}
+
+
 # --- the code
 
 
@@ -184,7 +231,8 @@ def test_nothing_in_the_package_pickles() -> None:
 
 
 def test_the_pickle_rule_sees_what_it_should() -> None:
-    bad = "import pickle\nfrom joblib import dump\ntorch.save(x, f)\ntorch.load(f)\nnp.load(f, allow_pickle=True)\n"
+    bad = "import pickle\nfrom joblib import dump\ntorch.save(x, f)\ntorch.load(f)\n"
+    bad += "np.load(f, allow_pickle=True)\n"
     good = "torch.load(f, weights_only=True)\nnp.load(f, allow_pickle=False)\nsave_file(x, f)\n"
     assert len(list(pickle_uses(ast.parse(bad)))) == 5
     assert list(pickle_uses(ast.parse(good))) == []
@@ -334,7 +382,8 @@ def test_a_set_up_that_fails_half_way_does_not_look_complete(tmp_path: Path) -> 
     for name in ("requirements.txt", "constraints.txt", "pyproject.toml"):
         (tmp_path / name).touch()
     # This Python makes a .venv whose own Python answers but cannot install anything.
-    inner = "mkdir -p .venv/bin && printf '#!/bin/sh\\ncase $1 in -m) exit 1;; esac\\n' > .venv/bin/python"
+    answer = "'#!/bin/sh\\ncase $1 in -m) exit 1;; esac\\n'"
+    inner = f"mkdir -p .venv/bin && printf {answer} > .venv/bin/python"
     fake = script(
         tmp_path / "python",
         f"case $1 in -c) echo 3.12;; *) {inner} && chmod +x .venv/bin/python;; esac",

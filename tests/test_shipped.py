@@ -1,4 +1,4 @@
-"""The captioner that ships: a clone without network captions photographs with it, by one command."""
+"""The captioners that ship: a clone without network captions photographs by one command."""
 
 import json
 import sys
@@ -23,7 +23,8 @@ OFFLINE = """
 import socket, sys
 def refuse(*args, **kwargs):
     raise OSError("this test has no network")
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = socket.create_connection = refuse
 from capgen_utils.apps.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
