@@ -1,6 +1,7 @@
 """One batched search for every captioner: greedy, beam and diverse beam search, and sampling.
 
-It needs only a captioner's ``start`` and ``step``, and a ``DecodingConfig`` (notebook 08). Next-token scores are changed in the order of the transformers library: repetition penalty,
+It needs only a captioner's ``start`` and ``step``, and a ``DecodingConfig`` (notebook 08).
+Next-token scores are changed in the order of the transformers library: repetition penalty,
 no-repeat n-grams, minimum length, banned tokens, temperature, top-k, top-p.
 """
 

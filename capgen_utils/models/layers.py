@@ -103,7 +103,8 @@ class Dropout(nn.Module):
 
 
 def causal_weights(query: Tensor, key: Tensor) -> Tensor:
-    """Return the weights (M, heads, T, T) of self-attention over earlier tokens and the token itself.
+    """Return the weights (M, heads, T, T) of self-attention over earlier tokens and the token
+    itself.
 
     Args:
         query, key: (M, heads, T, width).

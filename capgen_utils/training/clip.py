@@ -1,4 +1,5 @@
-"""Training of a small CLIP: images against captions, and captions against false twins (notebook 06)."""
+"""Training of a small CLIP: images against captions, and captions against false twins (notebook
+06)."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -324,7 +324,8 @@ class Loop(ABC):
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
-    """Return the learning rate of ``step``: a linear warm-up, then a half cosine to 1 % of the peak.
+    """Return the learning rate of ``step``: a linear warm-up, then a half cosine to 1 % of the
+    peak.
 
     Args:
         step: from 0.

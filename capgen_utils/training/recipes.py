@@ -1,4 +1,5 @@
-"""From a preset to a trained captioner: data, encoder, features, vocabulary, training (notebook 05)."""
+"""From a preset to a trained captioner: data, encoder, features, vocabulary, training (notebook
+05)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
