@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         self.settings, self.public = dict(settings or {}), public
         self.training_run: dict[str, Any] | None = None
         trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.trunk = trunk.eval()
+        self.trunk: Any = trunk.eval()
         self.preprocessing = preprocessing
         self.requires_grad_(False)
 

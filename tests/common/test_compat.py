@@ -10,7 +10,8 @@ from capgen_utils.common import compat
 
 @pytest.mark.parametrize("module", ["torchvision", "timm", "transformers"])
 def test_libraries_import_after_torchvision_was_made_to(module: str) -> None:
-    script = f"from capgen_utils.common.compat import import_torchvision as f; assert f() is f(); import {module}"
+    script = "from capgen_utils.common.compat import import_torchvision as f; assert f() is f()"
+    script += f"; import {module}"
     done = run_python("-c", script)
     assert done.returncode == 0, done.stderr
 

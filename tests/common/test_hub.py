@@ -107,7 +107,7 @@ def test_a_missing_folder_is_not_asked_of_the_hub(
     source: str | Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "capgen_utils.common.hub.fetch", lambda *_: pytest.fail("the hub was asked")
+        "capgen_utils.common.hub._fetch", lambda *_: pytest.fail("the hub was asked")
     )
     with pytest.raises(CapGenError, match="neither an existing folder nor the name") as error:
         read_config(source, REMEDY)

@@ -1,4 +1,4 @@
-"""The generated data set: scenes, captions that are true, and a judge that tells true from false."""
+"""The generated data set: scenes, true captions, and a judge that tells true from false."""
 
 import csv
 import json

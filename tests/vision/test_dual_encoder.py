@@ -1,4 +1,4 @@
-"""CLIP: the library's own classes, strictly loaded; small ones on a stem; whole or refused on disk."""
+"""CLIP: transformers' classes, loaded strictly; small ones on a stem; saved, loaded or refused."""
 
 import json
 import shutil
@@ -284,7 +284,8 @@ import json, sys
 from pathlib import Path
 from capgen_utils.vision.dual_encoder import DualEncoder
 dual = DualEncoder.load(Path(sys.argv[1]))
-print(json.dumps([dual.embed_images(sys.argv[2]).tolist(), dual.embed_texts(json.loads(sys.argv[3])).tolist()]))
+images, texts = dual.embed_images(sys.argv[2]), dual.embed_texts(json.loads(sys.argv[3]))
+print(json.dumps([images.tolist(), texts.tolist()]))
 """
     done = run_python("-c", script, str(original), str(PHOTO), json.dumps(TEXTS))
     assert done.returncode == 0, done.stderr
