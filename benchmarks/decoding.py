@@ -1,11 +1,10 @@
-"""Our decoder beside the transformers library's ``generate``: one GPT-2, the same captions,
-captions per second.
+"""Our decoder beside ``generate`` of the transformers library: same GPT-2, captions per second.
 
 The GPT-2 is the language half of the CLIP + GPT-2 that the course trains on Flickr8k, with as many
 tokens as Flickr8k uses of GPT-2's table. It learns made-up captions until it ends them by itself. A
-token in the place of the start token stands for the image. Five captions of an image differ by
-synonyms and by words left out; their lengths are spread like those that the captioner in data/
-gives Flickr8k's captions.
+token in place of the start token stands for the image. The five captions of an image differ by
+synonyms and omitted words; their lengths are distributed like those that the shipped captioner
+generates for Flickr8k.
 """
 
 import random
@@ -29,9 +28,9 @@ VOCABULARY = 7100
 START, END, IMAGE, WORD = 0, 1, 100, 200  # tokens; images and words are numbered from there
 IMAGES = 32
 LENGTHS = (9.7, 2.6)  # mean and standard deviation, in words
-LEARNING = 80  # steps
+LEARNING = 80  # training steps
 LONGEST = 25  # tokens of a caption
-REPEATS = 3  # the best of so many counts
+REPEATS = 3  # the best one counts
 
 
 @dataclass
@@ -42,7 +41,7 @@ class ImageTokens(Memory):
 
 
 class TokenGpt2(Gpt2Decoder):
-    """GPT-2 that is told by a token which image to caption."""
+    """GPT-2 that reads the image as a token."""
 
     name = "token_gpt2"
     feature = "token"
@@ -59,7 +58,7 @@ class TokenGpt2(Gpt2Decoder):
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
-        """The image's token takes the place of the start token."""
+        """Read the image's token in place of the start token."""
         first = state.cache[0].length == 0
         return super().step(state.memory.tokens[state.image] if first else tokens, state, attention)
 
@@ -69,12 +68,11 @@ def made_up_captions(generator: random.Random) -> list[list[int]]:
     rows = []
     for image in range(IMAGES):
         length = min(max(round(generator.gauss(*LENGTHS)), 4), LONGEST - 4)
-        meant = [WORD + 2 * generator.randrange(150) for _ in range(length)]
+        words = [WORD + 2 * generator.randrange(150) for _ in range(length)]
         for _ in range(5):
-            said = [
-                word + (generator.random() < 0.3) for word in meant if generator.random() < 0.95
-            ]
-            rows.append([IMAGE + image, *said, END])
+            # Each word has one synonym, the next odd number; some words are left out.
+            caption = [w + (generator.random() < 0.3) for w in words if generator.random() < 0.95]
+            rows.append([IMAGE + image, *caption, END])
     return rows
 
 
@@ -86,13 +84,11 @@ def learn(device: torch.device) -> TokenGpt2:
     config = replace(PRESETS["flickr8k"].recipe("clip_gpt2").config, dropout=0.0)
     model = TokenGpt2(config, VOCABULARY, WORD).to(device)
     with torch.no_grad():
-        model.gpt2.wte.weight[IMAGE : IMAGE + IMAGES] *= (
-            10  # easy to tell apart from the first step on
-        )
+        model.gpt2.wte.weight[IMAGE : IMAGE + IMAGES] *= 10  # easy to tell apart from the start
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 10)
     for _ in range(LEARNING):
-        tokens = padded(generator.sample(rows, 32)).to(device)
+        tokens = padded(generator.sample(rows, 32)).to(device)  # (B, T)
         targets, tokens = tokens[:, 1:].masked_fill(tokens[:, 1:] < 0, IGNORED), tokens.clamp(min=0)
         with torch.autocast(device.type, dtype=choose_dtype(device)):
             memory, image = model.encode(tokens[:, 0]), torch.arange(len(tokens), device=device)
@@ -106,7 +102,7 @@ def learn(device: torch.device) -> TokenGpt2:
 
 
 def padded(rows: list[list[int]]) -> Tensor:
-    """Return rows of different lengths as one tensor, filled up with -1."""
+    """Return rows of different lengths as one tensor (B, T), padded with -1."""
     return torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row) for row in rows], batch_first=True, padding_value=-1
     )
@@ -125,12 +121,12 @@ def library_model(own: TokenGpt2) -> Any:
 
 
 def ours(model: TokenGpt2, images: Tensor, beam: int, fixed: bool) -> list[list[int]]:
-    """Caption with our engine; ``fixed``: all captions as long as possible."""
+    """Caption with our decoder; ``fixed``: all captions as long as possible."""
     config = DecodingConfig(beam=beam, max_length=LONGEST, min_length=LONGEST - 1 if fixed else 0)
     with torch.inference_mode():
         memory = model.encode(images)
-    found = decode(model, memory, len(images), Specials(START, END), config)
-    return [list(hypotheses[0].tokens) for hypotheses in found]
+    results = decode(model, memory, len(images), Specials(START, END), config)
+    return [list(hypotheses[0].tokens) for hypotheses in results]
 
 
 def librarys(model: Any, images: Tensor, beam: int, fixed: bool) -> list[list[int]]:
@@ -152,7 +148,7 @@ def librarys(model: Any, images: Tensor, beam: int, fixed: bool) -> list[list[in
 
 
 def best_of(*works: Callable[[], Any]) -> list[float]:
-    """Return the best time of each work in seconds, measured in turns."""
+    """Return the best time of each function in seconds, measured in turns."""
     best = [float("inf")] * len(works)
     for _ in range(REPEATS):
         for i, work in enumerate(works):
@@ -165,13 +161,13 @@ def best_of(*works: Callable[[], Any]) -> list[float]:
 def compare(
     model: TokenGpt2, library: Any, images: Tensor, beam: int, fixed: bool = False
 ) -> dict[str, Any]:
-    """Return both rates, their ratio, and how many captions are equal."""
-    own, other = ours(model, images, beam, fixed), librarys(library, images, beam, fixed)
+    """Return both rates, their ratio, and the number of equal captions."""
+    captions, others = ours(model, images, beam, fixed), librarys(library, images, beam, fixed)
+    equal = sum(a == b for a, b in zip(captions, others, strict=True))
     seconds, library_seconds = best_of(
         lambda: ours(model, images, beam, fixed), lambda: librarys(library, images, beam, fixed)
     )
-    lengths = [len(caption) for caption in own]
-    equal = sum(a == b for a, b in zip(own, other, strict=True))
+    lengths = [len(caption) for caption in captions]
     return {
         "captions_per_second": round(len(images) / seconds, 1),
         "library_captions_per_second": round(len(images) / library_seconds, 1),
@@ -182,8 +178,7 @@ def compare(
 
 
 def bench_library() -> dict[str, Any]:
-    """Captions per second of both decoders: greedy and beam 5, a batch and one image, ended and of
-    fixed length."""
+    """Captions per second of both decoders, greedy and beam 5: a batch, fixed length, one image."""
     device = choose_device()
     model = learn(device)
     library = library_model(model)

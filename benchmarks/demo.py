@@ -1,7 +1,6 @@
-"""``make demo-picture``: drives the demo in a real browser, as an app of Voilà, and keeps
-results/demo.png.
+"""``make demo-picture``: drives the demo in a browser, as an app of Voilà, and saves a screenshot.
 
-The tests drive JupyterLab with the same functions.
+The screenshot is results/demo.png. The tests drive JupyterLab with the same functions.
 """
 
 import contextlib
@@ -34,13 +33,11 @@ QUIET = [
 # The kernel of the notebook in front.
 _KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
 START, ANSWER = 180, 300  # seconds for a server or a kernel to start, and for a caption
-LARGEST = (
-    200 * 1024 * 1024
-)  # bytes of a message: uploads come as one, and the default of 10 MB is too little
+LARGEST = 200 * 1024 * 1024  # bytes of a message: uploads come as one; the default is 10 MB
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return int(listening.getsockname()[1])
@@ -48,30 +45,26 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(command: list[str], folder: Path, **env: str) -> Iterator[str]:
-    """Run a server of notebooks below ``folder`` and yield its address; ``{port}`` in the command
-    is filled in.
+    """Run a notebook server in ``folder`` and yield its address; it fills in ``{port}``.
 
     Raises:
-        RuntimeError: it ended, or did not answer; with the end of what it said.
+        RuntimeError: the server ended or did not answer; with the end of its output.
     """
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    own = {
+    settings = {
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "TQDM_DISABLE": "1",
     }
-    full = (
-        os.environ
-        | own
-        | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        | env
-    )
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            [sys.executable, *(part.replace("{port}", str(port)) for part in command)],
+            [sys.executable, *(word.replace("{port}", str(port)) for word in command)],
             cwd=folder,
-            env=full,
-            stdout=said,
+            env=os.environ | settings | env,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
         try:
@@ -80,8 +73,8 @@ def serving(command: list[str], folder: Path, **env: str) -> Iterator[str]:
                     break
                 time.sleep(0.5)
             if process.poll() is not None or not answers(address):
-                said.seek(0)
-                raise RuntimeError(f"the server did not start:\n{said.read()[-3000:]}")
+                output.seek(0)
+                raise RuntimeError(f"the server did not start:\n{output.read()[-3000:]}")
             yield address
         finally:
             process.terminate()
@@ -100,14 +93,12 @@ def answers(address: str) -> bool:
 
 
 def lab(folder: Path) -> contextlib.AbstractContextManager[str]:
-    """Serve ``folder`` in JupyterLab, for this machine alone."""
+    """Serve ``folder`` in JupyterLab, on this machine only."""
     settings = [
         "--ServerApp.port={port}",
         "--ServerApp.ip=127.0.0.1",
         "--IdentityProvider.token=",
         "--no-browser",
-    ]
-    settings += [
         "--allow-root",
         "--LabApp.expose_app_in_browser=True",
         f"--ServerApp.root_dir={folder}",
@@ -136,11 +127,10 @@ def browser_page(executable: str, **context: Any) -> Iterator[Any]:
 
 
 def up_to(notebook: Path, text: str, target: Path) -> Path:
-    """Write a notebook to ``target``, without outputs, as far as the first code cell that holds
-    ``text``.
+    """Write a notebook without outputs to ``target``, up to the first code cell with ``text``.
 
     Raises:
-        ValueError: no cell does.
+        ValueError: no cell holds it.
     """
     whole = nbformat.read(notebook, as_version=4)
     last = next(
@@ -161,13 +151,12 @@ def run_in_lab(page: Any, address: str, name: str) -> None:
     page.goto(f"{address}/lab/tree/{name}?reset")
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
     page.wait_for_function(f"() => {_KERNEL}?.status === 'idle'")
-    page.evaluate(
-        "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
-    )  # and does not wait for it
+    # The braces return nothing: the call does not wait for the cells.
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
 
 
 def choose_files(page: Any, *files: str | dict[str, Any]) -> None:
-    """Upload files as a reader does: by the button and the system's dialogue."""
+    """Upload files by the button and the file dialogue, as a reader does."""
     with page.expect_file_chooser() as waiting:
         page.locator(".widget-upload").click()
     waiting.value.set_files(list(files))
@@ -182,7 +171,7 @@ def caption(page: Any) -> str:
 
 
 def step(page: Any) -> tuple[str, str]:
-    """Move the slider by one word; return the word that is marked and the text of the picture."""
+    """Move the slider by one word; return the marked word and the picture's alternative text."""
     mark = page.locator(".capgen-steps mark").first
     picture = page.locator(".capgen-steps img").first
     before = picture.get_attribute("alt")
@@ -197,7 +186,7 @@ def step(page: Any) -> tuple[str, str]:
 
 
 def keep(png: bytes, target: Path) -> None:
-    """Store a screenshot with 256 colours: a quarter of the size, and nobody sees it."""
+    """Store a screenshot with 256 colours: a quarter of the size, with no visible difference."""
     from capgen_utils.common.files import atomic_path
 
     with Image.open(io.BytesIO(png)) as image, atomic_path(target) as temporary:
@@ -205,7 +194,7 @@ def keep(png: bytes, target: Path) -> None:
 
 
 def main() -> None:
-    """Caption a sample in the app, step to its second word, and keep what it looks like."""
+    """Caption a photograph in the app, step to its second word, and save a screenshot."""
     sys.path.insert(0, str(REPOSITORY))
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
     from page import find_chromium

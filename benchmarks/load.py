@@ -1,11 +1,8 @@
-"""Load on a real ``capgen serve``: bounded clients on this machine, each of which knows what its
-caption has to be.
+"""Load on a real ``capgen serve``: bounded clients that know which caption to expect.
 
-Every client asks for one photograph after another and compares the answer with what ``Captioner``
-says of the file.
-First one client, then many, for the same time: what batches of requests that meet by chance gain
-over one at a time. Then the process is killed without warning in the middle of the load, started
-again, and has to answer as before.
+Every client requests one caption after another and compares the answer with ``Captioner``'s. First
+one client, then many, for the same time: the ratio is the gain of batching concurrent requests.
+Then the process is killed under load without warning, started again, and has to answer as before.
 """
 
 import argparse
@@ -41,42 +38,33 @@ class Server:
 
     Args:
         bundle: a trained captioner; ``None`` for the one that ships.
-        arguments: more of the command.
+        arguments: further arguments of the command.
     """
 
     def __init__(self, bundle: Path | None = None, arguments: Sequence[str] = ()) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "capgen_utils",
-            "serve",
-            "--port",
-            "0",
-            "--rate-limit",
-            "none",
-            *arguments,
-        ]
+        command = [sys.executable, "-m", "capgen_utils", "serve", "--port", "0"]
+        command += ["--rate-limit", "none", *arguments]
         command += ["--bundle", str(bundle)] if bundle else []
         env = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        found = re.search(r"http://\S+", self.process.stdout.readline())
-        if not found:
+        address = re.search(r"http://\S+", self.process.stdout.readline())
+        if not address:
             raise RuntimeError("capgen serve did not start")
-        self.address = found[0]
+        self.address = address[0]
         end = time.monotonic() + PATIENCE
         while httpx.get(f"{self.address}/readyz", timeout=PATIENCE).status_code != 200:
             if time.monotonic() > end:
-                raise RuntimeError("capgen serve did not get ready")
+                raise RuntimeError("capgen serve did not become ready")
             time.sleep(0.05)
 
     def memory(self) -> tuple[int, int]:
         """Return resident and anonymous memory (without memory-mapped files) in bytes."""
-        found = psutil.Process(self.process.pid).memory_info()
-        return found.rss, found.rss - getattr(found, "shared", 0)
+        memory = psutil.Process(self.process.pid).memory_info()
+        return memory.rss, memory.rss - getattr(memory, "shared", 0)
 
     def kill(self) -> None:
-        """End it without warning; once more does no harm."""
+        """Kill the process without warning; a second call is harmless."""
         self.process.kill()
         self.process.wait()
 
@@ -93,13 +81,13 @@ def serving(bundle: Path | None, arguments: Sequence[str] = ()) -> Iterator[Serv
 
 @dataclass
 class Tally:
-    """What clients saw, all of them together.
+    """The answers to all clients.
 
     Attributes:
         latencies: seconds of each right answer.
-        crossed: answers with another image's caption, or none of ours.
-        refused: answers 503: asked again a little later.
-        lost: requests that got no answer, or an error.
+        crossed: answers with a wrong caption, such as another image's.
+        refused: answers 503, which are repeated a little later.
+        lost: requests without an answer, or with an error.
     """
 
     latencies: list[float] = field(default_factory=list)
@@ -109,15 +97,13 @@ class Tally:
 
 
 def expected_captions(bundle: Path | None, options: dict[str, str]) -> dict[str, str]:
-    """Return what the captioner says of each sample photograph, by file name; one at a time,
-    without the service."""
+    """Return the caption of each sample photograph by file name, made without the service."""
     from capgen_utils import Captioner
 
     captioner = Captioner.from_bundle(bundle)
-    given: Any = {name: int(value) for name, value in options.items()}
-    return {
-        path.name: captioner.caption(path, **given)[0].text for path in sorted(PHOTOS.glob("*.jpg"))
-    }
+    numbers: Any = {name: int(value) for name, value in options.items()}
+    photos = sorted(PHOTOS.glob("*.jpg"))
+    return {path.name: captioner.caption(path, **numbers)[0].text for path in photos}
 
 
 def load(
@@ -127,7 +113,7 @@ def load(
     clients: int,
     going: Callable[[], bool],
 ) -> Tally:
-    """Let ``clients`` ask until ``going`` says no; each has one request under way at a time."""
+    """Run clients with one request at a time each until ``going`` returns false."""
     tally, lock = Tally(), threading.Lock()
     photographs = {name: (PHOTOS / name).read_bytes() for name in expected}
 
@@ -172,14 +158,13 @@ def judge(tally: Tally, answer: httpx.Response, expected: str, seconds: float) -
 
 
 def for_seconds(seconds: float) -> Callable[[], bool]:
-    """Return a function that is true for so long."""
+    """Return a function that is true for ``seconds``."""
     end = time.monotonic() + seconds
     return lambda: time.monotonic() < end
 
 
 def for_requests(count: int, at_last: Callable[[], None] = lambda: None) -> Callable[[], bool]:
-    """Return a function that is true so many times, all threads together, and then calls
-    ``at_last`` once."""
+    """Return a function that is true ``count`` times in all threads; then it calls ``at_last``."""
     numbers = itertools.count()
 
     def going() -> bool:
@@ -198,8 +183,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def figures(tally: Tally, seconds: float, clients: int) -> dict[str, Any]:
-    """Return what a results file says of a load."""
-    found: dict[str, Any] = {
+    """Return the figures of a load for the results file."""
+    result: dict[str, Any] = {
         "clients": clients,
         "seconds": round(seconds, 1),
         "right": len(tally.latencies),
@@ -210,8 +195,8 @@ def figures(tally: Tally, seconds: float, clients: int) -> dict[str, Any]:
     }
     for share in (0.5, 0.95, 0.99):
         name = f"p{share * 100:.0f}_milliseconds"
-        found[name] = round(percentile(tally.latencies, share) * 1000) if tally.latencies else None
-    return found
+        result[name] = round(percentile(tally.latencies, share) * 1000) if tally.latencies else None
+    return result
 
 
 def timed(
@@ -224,11 +209,11 @@ def timed(
     """Load the service and return the figures, with its memory before and after."""
     before, started = server.memory(), time.perf_counter()
     tally = load(server.address, expected, options, clients, going)
-    found = figures(tally, time.perf_counter() - started, clients)
+    result = figures(tally, time.perf_counter() - started, clients)
     after = server.memory()
-    found["resident_megabytes"] = [round(before[0] / 1e6), round(after[0] / 1e6)]
-    found["anonymous_megabytes"] = [round(before[1] / 1e6), round(after[1] / 1e6)]
-    return found
+    for i, kind in enumerate(("resident", "anonymous")):
+        result[f"{kind}_megabytes"] = [round(before[i] / 1e6), round(after[i] / 1e6)]
+    return result
 
 
 def killed_in_the_middle(
@@ -238,8 +223,7 @@ def killed_in_the_middle(
     requests: int,
     arguments: Sequence[str],
 ) -> dict[str, Any]:
-    """Kill the service under load and start it again: no wrong caption before, and right ones
-    after."""
+    """Kill the service under load, start it again, and count right and wrong captions."""
     clients = 8
     with serving(bundle, arguments) as server:
         before = load(
@@ -262,27 +246,25 @@ def bench_service(
     bundle: Path | None = None,
     arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Captions per second of the service, one client and many, with greedy search and the
-    captioner's own."""
-    found: dict[str, Any] = {"bundle": bundle.name if bundle else "the one that ships"}
+    """Captions per second of the service: one client and many, greedy and default decoding."""
+    result: dict[str, Any] = {"bundle": bundle.name if bundle else "the one that ships"}
     short = max(2.0, seconds / 4)
     for search, options in {"greedy": {"beam": "1"}, "default": {}}.items():
         expected = expected_captions(bundle, options)
         with serving(bundle, arguments) as server:
-            load(
-                server.address, expected, options, clients, for_seconds(short / 2)
-            )  # memory settles
+            # Memory settles first.
+            load(server.address, expected, options, clients, for_seconds(short / 2))
             alone = timed(server, expected, options, 1, for_seconds(short))
             many = timed(server, expected, options, clients, for_seconds(seconds))
         ratio = many["captions_per_second"] / max(alone["captions_per_second"], 0.01)
-        found[search] = {"one_client": alone, "many_clients": many, "ratio": round(ratio, 2)}
-        found["photographs"] = len(expected)
-    found["killed"] = killed_in_the_middle(bundle, expected, options, 80, arguments)
-    return found
+        result[search] = {"one_client": alone, "many_clients": many, "ratio": round(ratio, 2)}
+        result["photographs"] = len(expected)
+    result["killed"] = killed_in_the_middle(bundle, expected, options, 80, arguments)
+    return result
 
 
 def main() -> int:
-    """Run it alone and print the figures."""
+    """Run the benchmark alone and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--clients", type=int, default=CLIENTS)

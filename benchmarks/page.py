@@ -1,9 +1,8 @@
-"""Takes results/page.png: the page of ``capgen serve`` with the shipped captioner, a word's
-attention shown.
+"""Takes results/page.png: the page of ``capgen serve`` with a word's attention shown.
 
     .venv/bin/python benchmarks/page.py
 
-Needs Chromium, and playwright of the development extra.
+Needs Chromium, and playwright from the development extra.
 """
 
 import argparse
@@ -33,7 +32,7 @@ def find_chromium() -> str | None:
 
 
 def show(page: Any, address: str, photo: Path, word: str) -> None:
-    """Open the page, upload a photograph, wait for its caption, and point at a word of it."""
+    """Open the page, upload a photograph, wait for its caption, and point at one of its words."""
     page.goto(address)
     page.locator("#model option").first.wait_for(state="attached")
     page.set_input_files("#files", str(photo))
@@ -61,7 +60,7 @@ def main() -> int:
     options = parser.parse_args()
     chromium = find_chromium()
     if chromium is None:
-        parser.error("there is no Chromium here; apt install chromium")
+        parser.error("Chromium is missing: apt install chromium")
     with serving(None) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
         page = browser.new_page(
@@ -77,7 +76,7 @@ def main() -> int:
 
 
 def shrink(path: Path) -> None:
-    """Store a screenshot with 256 colours, which is a third of the bytes."""
+    """Store a screenshot with 256 colours: a third of the bytes."""
     from PIL import Image
 
     with Image.open(path) as image:

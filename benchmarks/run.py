@@ -1,7 +1,7 @@
-"""Measure speed and peak memory, to results/benchmarks.json: ``make bench``.
+"""``make bench``: measures extraction, training, decoding, scoring and the service.
 
-Each part runs in its own process, so that its peak memory can be measured. Times are the best of
-several runs.
+The figures go to ``results/benchmarks.json``. Each part runs in a process of its own, so its peak
+memory is its own. Times are the best of several runs.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from capgen_utils.common.device import choose_device, choose_dtype
 from capgen_utils.common.files import CapGenError, write_json
 from capgen_utils.common.machine import machine
@@ -25,12 +27,12 @@ from capgen_utils.data.datasets import load_dataset
 from capgen_utils.presets import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DECODED = 256  # images that are captioned for a rate of decoding
-STEPS = 40  # training steps that are timed
+DECODED = 256  # captioned images
+STEPS = 40  # timed training steps
 
 
 class PeakMemory:
-    """Sample this process's anonymous memory, which excludes memory-mapped files."""
+    """Samples this process's anonymous memory, which excludes memory-mapped files."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -53,7 +55,7 @@ class PeakMemory:
 
 
 def flickr8k_or_shapes(limit: int | None = None) -> Any:
-    """Return Flickr8k if it is available, else the drawn scenes."""
+    """Return Flickr8k if it is installed, else the drawn scenes; results name the dataset."""
     try:
         return load_dataset("flickr8k", limit=limit)
     except CapGenError:
@@ -62,7 +64,7 @@ def flickr8k_or_shapes(limit: int | None = None) -> Any:
 
 
 def every_image() -> Any:
-    """Return all images of the folder, in a split or not, as a manifest without captions."""
+    """Return all images of the folder, even those in no split, as a manifest without captions."""
     from capgen_utils.data.manifest import Item, Manifest
 
     known = flickr8k_or_shapes()
@@ -71,7 +73,7 @@ def every_image() -> Any:
 
 
 def bench_extraction() -> dict[str, Any]:
-    """Images per second from JPEG files to cached grid features, all images of the dataset."""
+    """Images per second from image files to cached grid features, all images of the dataset."""
     from capgen_utils.vision.encoders import build_encoder
     from capgen_utils.vision.features import extract
 
@@ -94,8 +96,7 @@ def bench_extraction() -> dict[str, Any]:
 
 
 def bench_training() -> dict[str, Any]:
-    """Steps, captions and tokens per second of the transformer on all of the dataset, features
-    cached."""
+    """Steps, captions and tokens per second of the transformer on cached features."""
     from capgen_utils.training.batches import chunks_by_length, count_targets
     from capgen_utils.training.recipes import make_trainer, prepare
 
@@ -128,8 +129,7 @@ def bench_training() -> dict[str, Any]:
 
 
 def bench_decoding() -> dict[str, Any]:
-    """Captions per second from cached features with the bundle that ships, in fp32: greedy and beam
-    5."""
+    """Captions per second of the shipped bundle on cached features, fp32, greedy and beam 5."""
     from capgen_utils.bundle import load_bundle
     from capgen_utils.captioner import DEFAULT_BUNDLE
     from capgen_utils.decoding.run import caption_manifest
@@ -163,11 +163,10 @@ def bench_library() -> dict[str, Any]:
 
 
 def bench_metrics() -> dict[str, Any]:
-    """Seconds for BLEU, ROUGE-L, CIDEr, CIDEr-D, diversity and intervals of captions with five
-    references each.
+    """Seconds for all metrics, diversity and intervals of captions with five references each.
 
-    The captions are people's, each said of the image after its own; METEOR is timed apart, where
-    WordNet is there.
+    The captions are human, each assigned to the image after its own. METEOR is timed separately, if
+    WordNet is installed.
     """
     from capgen_utils.evaluation.metrics import (
         diversity,
@@ -188,7 +187,7 @@ def bench_metrics() -> dict[str, Any]:
     def seconds(work: Callable[[], Any]) -> float:
         times = []
         for _ in range(3):
-            forget_words()  # each time as if for the first time
+            forget_words()  # no caption is tokenised yet
             started = time.perf_counter()
             work()
             times.append(time.perf_counter() - started)
@@ -209,8 +208,7 @@ def bench_metrics() -> dict[str, Any]:
 
 
 def bench_service() -> dict[str, Any]:
-    """A minute of bounded clients on ``capgen serve``: rates, latencies, memory, wrong and lost
-    answers, a kill."""
+    """Rates, latencies and memory of ``capgen serve`` under load; wrong and lost answers."""
     from benchmarks.load import bench_service
 
     return bench_service()
@@ -237,7 +235,7 @@ def run_part(name: str) -> None:
 def main() -> int:
     """Run all parts, or those named, and merge their figures into the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}; default: all")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "benchmarks.json")
     parser.add_argument("--inside", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -246,7 +244,7 @@ def main() -> int:
         return 0
     unknown = sorted(set(options.parts) - set(PARTS))
     if unknown:
-        parser.error(f"there is no part {unknown[0]!r}; choose of {', '.join(PARTS)}")
+        parser.error(f"there is no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     results = (
         json.loads(options.output.read_text())
         if options.output.exists()
@@ -254,7 +252,7 @@ def main() -> int:
     )
     for name in options.parts or PARTS:
         print(f"== {name}")
-        before = machine()  # the load before it starts, not the one it makes
+        before = machine()  # the load before the part starts
         run = subprocess.run(
             [sys.executable, __file__, "--inside", name], stdout=subprocess.PIPE, text=True
         )

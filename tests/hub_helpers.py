@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -61,10 +60,9 @@ def published_config(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder in the hub's layout."""
-    target = tmp_path / "gpt2-tiny"
+def write_gpt2(folder: Path) -> Path:
+    """Write a small GPT-2 in the hub's layout and return its folder."""
+    target = folder / "gpt2-tiny"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(published_config()))
     save_file(published_weights(), target / "model.safetensors", {"format": "pt"})

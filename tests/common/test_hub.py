@@ -11,10 +11,10 @@ import torch
 from hub_helpers import (
     POSITIONS,
     WIDTH,
-    folder,  # noqa: F401 (a fixture)
     gpt2_class,
     published_config,
     published_weights,
+    write_gpt2,
 )
 from safetensors.torch import save_file
 
@@ -22,6 +22,12 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.common.hub import load_pretrained, read_config
 
 REMEDY = "one way, another way, a third way"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder in the hub's layout."""
+    return write_gpt2(tmp_path)
 
 
 def test_a_folder_in_the_hubs_layout_is_loaded_to_the_bit(

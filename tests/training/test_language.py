@@ -13,10 +13,10 @@ from hub_helpers import (
     POSITIONS,
     VOCABULARY,
     WIDTH,
-    folder,
     gpt2_class,
     published_config,
     published_weights,
+    write_gpt2,
 )
 from safetensors.torch import load_file, save_file
 
@@ -46,8 +46,13 @@ from capgen_utils.training.language import (
 )
 from capgen_utils.training.recipes import make_trainer, prepare
 
-__all__ = ["folder"]
 CAPTIONS = ("A red bar, left of two 2-tone circles.", "a dog's café")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder in the hub's layout."""
+    return write_gpt2(tmp_path)
 
 
 def captioner_for(vocabulary: int = VOCABULARY, **changes: Any) -> ClipGpt2Captioner:
