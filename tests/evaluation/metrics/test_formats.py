@@ -1,42 +1,14 @@
-"""Wrong protocol is refused or named; sick captions are diagnosed; other people's files are read."""
+"""Files are read or refused; a wrong protocol is refused or named."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from caption_helpers import proper
 
 from capgen_utils.common.files import CapGenError
-from capgen_utils.evaluation.metrics import diagnose, labels, load_captions, load_references
-
-NOUNS = [
-    "dog",
-    "cat",
-    "man",
-    "woman",
-    "boy",
-    "girl",
-    "horse",
-    "bird",
-    "car",
-    "boat",
-    "ball",
-    "tree",
-]
-
-
-def proper(count: int = 24) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Return captions and five references each that nothing is wrong with."""
-    said = {
-        f"{i}.jpg": f"a {NOUNS[i % 12]} beside the {NOUNS[(i * 5 + 1 + i // 12) % 12]}"
-        for i in range(count)
-    }
-    return said, {
-        name: [f"{caption} number {k}" for k in range(5)] for name, caption in said.items()
-    }
-
-
-# --- labels
+from capgen_utils.evaluation.metrics import labels, load_captions, load_references
 
 
 def test_a_proper_evaluation_needs_no_label() -> None:
@@ -83,75 +55,6 @@ def test_other_images_and_none_at_all_are_refused() -> None:
     for wrong in ({}, said | {"other.jpg": "a dog"}, dict(list(said.items())[1:])):
         with pytest.raises(CapGenError, match="same images"):
             labels(wrong, written)
-
-
-# --- diagnosis
-
-
-def names(*arguments: Any, **more: Any) -> list[str]:
-    return [finding.name for finding in diagnose(*arguments, **more)]
-
-
-def test_healthy_captions_have_no_finding() -> None:
-    said, _ = proper()
-    assert diagnose(said, ended=dict.fromkeys(said, True), training=list(said.values())[:5]) == []
-    assert diagnose({}) == [] and diagnose({"1": "a dog"}) == []
-
-
-def test_a_collapse_is_found_whatever_the_punctuation() -> None:
-    said, _ = proper()
-    collapsed = {name: "A dog runs." if i % 2 else "a dog runs" for i, name in enumerate(said)}
-    (finding,) = diagnose(collapsed)
-    assert finding.name == "collapse" and finding.share == 100
-    assert (
-        "24 of 24" in finding.text and "a dog runs" in finding.text and "images" in finding.remedy
-    )
-
-
-def test_captions_without_an_end_are_found() -> None:
-    said, _ = proper()
-    assert names(said, ended={name: i > 3 for i, name in enumerate(said)}) == ["truncation"]
-    cut = {name: caption.rpartition(" ")[0] for name, caption in said.items()}
-    (finding,) = diagnose(cut)
-    assert finding.name == "truncation" and finding.share == 100 and "beside the" in finding.text
-    assert names(cut, ended=dict.fromkeys(said, True)) == [], (
-        "what is known counts more than what it looks like"
-    )
-
-
-@pytest.mark.parametrize(
-    "tail",
-    ["dog dog", "and white and white", "on a big red on a big red", "the hill of a the hill of a"],
-)
-def test_loops_of_one_to_four_words_are_found(tail: str) -> None:
-    said, _ = proper()
-    looping = said | {name: f"{NOUNS[i]} {tail} x" for i, name in enumerate(list(said)[:3])}
-    (finding,) = diagnose(looping)
-    assert finding.name == "looping" and finding.share == pytest.approx(12.5)
-
-
-def test_a_word_said_again_later_is_no_loop() -> None:
-    said, _ = proper()
-    assert names(said | dict.fromkeys(["0.jpg", "1.jpg"], "a black and white and black dog")) == []
-
-
-def test_copying_is_found_only_where_training_captions_are_given() -> None:
-    said, _ = proper()
-    training = [caption.upper() + " ." for caption in said.values()]
-    assert names(said) == []
-    (finding,) = diagnose(said, training=training)
-    assert finding.name == "copying" and finding.share == 100
-    assert names(said, training=training[:8]) == []
-
-
-def test_several_things_are_named_at_once() -> None:
-    said, _ = proper()
-    assert set(names(dict.fromkeys(said, "a a dog with the"), training=["a a dog with the"])) == {
-        "collapse",
-        "truncation",
-        "looping",
-        "copying",
-    }
 
 
 # --- files
