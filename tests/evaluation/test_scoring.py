@@ -42,7 +42,8 @@ def people(folder: Path, train: int = 12, test: int = 6) -> Manifest:
             f"{i:02d}.png",
             "train" if i < train else "test",
             tuple(
-                f"a {NOUNS[i % 8]} and a {NOUNS[(i + k + 1) % 8]} in {'picture' if i < train else 'photo'} {k} ."
+                f"a {NOUNS[i % 8]} and a {NOUNS[(i + k + 1) % 8]} in "
+                f"{'picture' if i < train else 'photo'} {k} ."
                 for k in range(5)
             ),
         )
@@ -268,7 +269,7 @@ def write(path: Path, value: Any) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path, manifest: Manifest) -> tuple[Path, Path, Path]:
-    """Return predictions and references in COCO's formats, and the captions of the training images."""
+    """Return predictions and references in COCO's formats, and captions of training images."""
     rows = [{"image_id": image, "caption": caption} for image, caption in said_of(manifest).items()]
     test, train = (
         {i.image: list(i.captions) for i in manifest.split(s).items} for s in ("test", "train")
