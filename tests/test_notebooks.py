@@ -1,5 +1,4 @@
-"""The notebooks: each runs from the first cell to the last, reads well, and shows what its code
-computes."""
+"""Notebooks run from the first cell to the last, read well, and show what their code computes."""
 
 import ast
 import re
@@ -18,6 +17,8 @@ NUMBERED = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("[0-9][0-9]_solutions.ipynb"))
 ALL = NUMBERED + SOLUTIONS
 MAX_LINES = 25  # of a cell
+MAX_COLUMNS = 100
+MAX_IMPORTS = 8  # statements that import from the package, outside the first cell
 MAX_BYTES = 600_000
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|mnt|opt|srv|work)/[\w./-]+")
 SIZES = re.compile(r"#.*\(\w[^)]*\)")  # a comment such as "# (batch, words, width)"
@@ -54,6 +55,25 @@ def test_cells_are_short_and_are_python(path: Path) -> None:
     assert sorted(lengths)[len(lengths) // 2] <= 14
     for cell in code_cells(path):
         ast.parse(cell.source)
+
+
+@pytest.mark.parametrize("path", ALL, ids=named)
+def test_lines_of_code_fit_on_a_page(path: Path) -> None:
+    lines = [line for cell in code_cells(path) for line in cell.source.splitlines()]
+    assert [line for line in lines if len(line) > MAX_COLUMNS] == []
+
+
+@pytest.mark.parametrize("path", ALL, ids=named)
+def test_few_lines_import_from_the_package(path: Path) -> None:
+    modules: list[str] = []
+    for cell in code_cells(path)[1:]:
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import):
+                modules += [name.name for name in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules.append(node.module or "")
+    modules = [module for module in modules if module.split(".")[0] == "capgen_utils"]
+    assert len(modules) <= MAX_IMPORTS, modules
 
 
 @pytest.mark.parametrize("path", NUMBERED, ids=named)

@@ -32,8 +32,8 @@ if importlib.util.find_spec("capgen_utils") is None:  # not installed: find the 
     if not clone.is_dir():  # on Kaggle, switch on Internet in the settings first
         address, tag = "{address}", "{tag}"
         released = subprocess.check_output(["git", "ls-remote", address, f"refs/tags/{{tag}}"])
-        git = [*"git -c advice.detachedHead=false clone -q --depth 1".split(), address, clone]
-        subprocess.check_call([*git, "--branch", tag] if released else git)
+        git = ["git", "clone", "-q", "--depth", "1", "-c", "advice.detachedHead=false"]
+        subprocess.check_call([*git, *(["--branch", tag] if released else []), address, clone])
         print("CapGen", tag if released else f"from the default branch: {{tag}} is not released")
     sys.path.insert(0, str(clone.absolute()))
 
