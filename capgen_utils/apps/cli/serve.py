@@ -68,6 +68,15 @@ def add_serve(commands: Any) -> None:
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every interface"
     )
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free port")
+    add_protection_options(parser)
+    group = parser.add_argument_group("limits")
+    for name, (default, _, _, metavar, text) in LIMITS.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=type(default), default=default, metavar=metavar, help=text)
+
+
+def add_protection_options(parser: argparse.ArgumentParser) -> None:
+    """Declare which clients the service answers."""
     group = parser.add_argument_group("protection")
     group.add_argument(
         "--api-key",
@@ -86,10 +95,6 @@ def add_serve(commands: Any) -> None:
         metavar="ADDRESS",
         help="proxy whose forwarded client address is believed",
     )
-    group = parser.add_argument_group("limits")
-    for name, (default, _, _, metavar, text) in LIMITS.items():
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=type(default), default=default, metavar=metavar, help=text)
 
 
 def run_serve(options: argparse.Namespace) -> int:
@@ -125,13 +130,7 @@ def run_serve(options: argparse.Namespace) -> int:
         limit_concurrency=1024,
         ws="none",
     )
-    try:
-        listening = config.bind_socket()
-        listening.listen(config.backlog)  # a client can connect as soon as it reads the address
-    except (SystemExit, OSError) as stop:  # uvicorn has logged the reason
-        raise CapGenError(
-            f"cannot listen on {options.host}:{options.port}", "choose another --port"
-        ) from stop
+    listening = listen(config)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{listening.getsockname()[1]}"
     names = ", ".join(served.name for served in captioners)
@@ -141,6 +140,22 @@ def run_serve(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # accepted requests have been answered
         return INTERRUPTED
     return 0
+
+
+def listen(config: Any) -> Any:
+    """Return the bound socket of a uvicorn ``Config``.
+
+    Raises:
+        CapGenError: the port is taken, or the address is not this machine's.
+    """
+    try:
+        listening = config.bind_socket()
+        listening.listen(config.backlog)  # a client can connect as soon as it reads the address
+    except (SystemExit, OSError) as stop:  # uvicorn has logged the reason
+        raise CapGenError(
+            f"cannot listen on {config.host}:{config.port}", "choose another --port"
+        ) from stop
+    return listening
 
 
 def name_bundles(bundles: list[str] | None) -> list[tuple[str, Path | None]]:

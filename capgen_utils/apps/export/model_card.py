@@ -115,7 +115,6 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "recipe": pairs(as_mapping(training["training"])),
         "code": training["revision"],
     }
-    scores = dev_scores(facts)
     return str(
         ModelCard.from_template(
             metadata(facts, name),
@@ -128,7 +127,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
             address=repository_address(),
             architecture={key: plain(value) for key, value in architecture.items()},
             training={key: plain(value) for key, value in history.items() if value},
-            scores={plain(metric): f"{value:.2f}" for metric, value in scores.items()},
+            scores={plain(metric): f"{value:.2f}" for metric, value in dev_scores(facts).items()},
             protocol=plain(as_mapping(facts["dev"]).get("protocol", "not recorded")),
             licence=licence(training["dataset"]),
         )

@@ -242,10 +242,8 @@ def read_info(value: Any, folder: Path) -> ExportInfo:
     Raises:
         CapGenError: another version, or values that are missing or out of range.
     """
-    version = (
-        value.get("version") if isinstance(value, dict) and value.get("format") == "onnx" else None
-    )
-    if version != VERSION:
+    value = value if isinstance(value, dict) else {}
+    if value.get("format") != "onnx" or value.get("version") != VERSION:
         raise CapGenError(
             f"{folder} is not a captioner exported as ONNX, version {VERSION}", EXPORT_AGAIN
         )
