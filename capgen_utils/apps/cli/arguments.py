@@ -82,7 +82,8 @@ def add_reranking_options(parser: argparse.ArgumentParser) -> None:
         help="folder of the CLIP (default: the bundle's own, if it has one)",
     )
     listed = " ".join(f"{temperature:g}" for temperature in TEMPERATURES)
-    _add_option(group, "temperatures", f" (default: {listed})", nargs="+")
+    default = f" (default: {listed}; with --beam, re-rank the beam)"
+    _add_option(group, "temperatures", default, nargs="+")
 
 
 def _add_option(group: Any, name: str, more: str = "", **keywords: Any) -> None:
