@@ -261,7 +261,8 @@ class Loop(ABC):
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
         self.accelerator.log(numbers, step=self.progress.step)
         shown = {k: v for k, v in numbers.items() if not self.shown or k in self.shown}
-        tqdm.write("  ".join(f"{k} {v:.3f}".removesuffix(".000") for k, v in shown.items()))
+        texts = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in shown.values())
+        tqdm.write("  ".join(map(" ".join, zip(shown, texts, strict=True))))
         for image, caption in entry.get("samples", {}).items():
             tqdm.write(f"    {image}: {caption}")
 

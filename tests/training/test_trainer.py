@@ -167,6 +167,22 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
     assert contents[0] == contents[1] != contents[2]
 
 
+def test_captions_are_tokenised_once_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny_trainer(tmp_path, epochs=6, flip=True)
+    encode, encoded = trainer.tokenizer.encode, []
+
+    def counted(caption: str, *arguments: Any) -> list[int]:
+        encoded.append(caption)
+        return encode(caption, *arguments)
+
+    monkeypatch.setattr(trainer.tokenizer, "encode", counted)
+    trainer.train()
+    train, dev = (len(list(s.captions())) for s in (trainer.data.train, trainer.data.dev))
+    assert train + dev <= len(encoded) <= 2 * train + dev, "of each view once, not of each epoch"
+
+
 def test_training_is_learning(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, epochs=12)
     history = trainer.train().history
