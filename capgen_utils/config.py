@@ -86,7 +86,7 @@ class AttendTellConfig:
         doubly_stochastic: weight of the penalty on grid positions whose attention, summed over a
             caption, differs from 1.
         teacher_forcing: share of true previous words at the end of training; it falls linearly from
-            1. The other words are sampled from the captioner (scheduled sampling, arXiv 1506.03099).
+            1. The rest are sampled from the captioner (scheduled sampling, arXiv 1506.03099).
     """
 
     img_size: int = 224
