@@ -31,8 +31,8 @@ class TransformerConfig:
         n_head: attention heads in each layer; divides ``d_model``.
         fc_dim: width of the feed-forward layers.
         dropout: probability, on embeddings, attention outputs and feed-forward outputs alike.
-        word_dropout: probability of hiding an input word while training (read as ``<unk>``), so
-            that the decoder learns to look at the image instead of finishing the sentence by heart.
+        word_dropout: probability of replacing an input word by ``<unk>`` in training, so that the
+            decoder learns to look at the image instead of completing the sentence from memory.
     """
 
     img_size: int = 224
@@ -83,11 +83,10 @@ class AttendTellConfig:
         attention_size: width of the attention MLP's hidden layer.
         dropout: probability, on words, contexts and outputs.
         word_dropout: see ``TransformerConfig``.
-        doubly_stochastic: weight of the penalty on image places that a whole caption looks at more,
-            or less, than once.
+        doubly_stochastic: weight of the penalty on grid positions whose attention, summed over a
+            caption, differs from 1.
         teacher_forcing: share of true previous words at the end of training; it falls linearly from
-            1. Below 1 the captioner reads some of its own words while training (scheduled sampling,
-            arXiv 1506.03099).
+            1. The rest are sampled from the captioner (scheduled sampling, arXiv 1506.03099).
     """
 
     img_size: int = 224
@@ -104,15 +103,14 @@ class AttendTellConfig:
 
 @dataclass(frozen=True)
 class ClipPrefixConfig:
-    """Hyperparameters of the CLIP prefix captioner: self-attention alone, the image stands in the
-    first place.
+    """Hyperparameters of the CLIP prefix captioner: self-attention only, the image comes first.
 
     Attributes:
         seq_len, d_model, n_decode, n_head, fc_dim, dropout, word_dropout: see
             ``TransformerConfig``.
-        noise: standard deviation of the noise that is added to the image's numbers, of about unit
-            size, while training. A single vector names an image so well that a decoder can learn
-            each image's captions by heart.
+        noise: standard deviation of the noise added to the image vector, whose numbers are of about
+            unit size, in training. A single vector identifies an image so well that a decoder can
+            memorise each image's captions.
         text_inputs: ``learned``: an embedding table; ``tower``: the hidden states of CLIP's frozen
             text tower.
         tower_layers, tower_width, tower_heads, tower_positions: sizes of that tower.
@@ -144,14 +142,14 @@ class ClipGpt2Config:
         n_embd, n_layer, n_head, n_positions: GPT-2's own sizes.
         dropout: probability, on embeddings, image vectors, attention outputs and MLP outputs alike.
         word_dropout: see ``TransformerConfig``.
-        image_positions: project the image's vectors to ``n_embd``, normalise them and add learned
-            places, for encoders whose vectors do not say where they stand; those of CLIP do.
+        image_positions: project the image vectors to ``n_embd``, normalise them and add learned
+            positions, for encoders whose vectors hold no positions; CLIP's do.
         gate: multiply each cross-attention by a learned tanh gate that starts at zero, so that the
             untrained captioner is plain GPT-2 (arXiv 2204.14198).
-        tied_head: score words with the frozen token embedding; else with a head of its own.
-        reduction: the cross-attention works in a width of ``n_embd / reduction``.
-        gradient_checkpointing: compute activations twice while training and keep none: slower, much
-            less memory.
+        tied_head: score words with the frozen token embedding instead of a separate head.
+        reduction: the width of the cross-attention is ``n_embd / reduction``.
+        gradient_checkpointing: recompute activations in training instead of storing them: slower,
+            with much less memory.
     """
 
     seq_len: int = 40
@@ -171,13 +169,13 @@ class ClipGpt2Config:
 
 @dataclass(frozen=True)
 class SmallClipConfig:
-    """Sizes of a small CLIP that is trained here, image and text half; their code is the library's.
+    """Sizes of a small CLIP that is trained here; the code of both halves is the library's.
 
     Attributes:
-        embed_size: width of the space that images and texts share.
-        patch: side of the squares that the stem's grid is cut into; each becomes one token.
-        vision_width, vision_layers, vision_heads: of the transformer that looks at them.
-        text_width, text_layers, text_heads: of the causal transformer that reads captions.
+        embed_size: width of the joint embedding of images and texts.
+        patch: side of the squares that the stem's grid is split into; each becomes one token.
+        vision_width, vision_layers, vision_heads: of the image half's transformer.
+        text_width, text_layers, text_heads: of the text half's causal transformer.
         seq_len: longest text in tokens, start and end token included.
     """
 
@@ -194,26 +192,24 @@ class SmallClipConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a captioner is trained; the same loop reads it for every model.
+    """How a captioner is trained.
 
     Attributes:
         epochs: passes over the training images; training can end earlier, see ``patience``.
-        batch_images: images in a batch, over all processes; each comes with all of its captions.
-        learning_rate: peak of AdamW's learning rate, reached after ``warmup`` and left along a
-            cosine.
+        batch_images: images per batch, over all processes; each comes with all of its captions.
+        learning_rate: peak of AdamW's learning rate, after ``warmup``; it falls along a cosine.
         warmup: share of all steps spent warming up.
         weight_decay: AdamW's, on matrices only.
         label_smoothing: share of the target probability spread over the vocabulary.
         clip: largest gradient norm.
         average: decay of the exponential moving average of the weights that is evaluated and kept;
-            0 turns it off.
-        best_by: what the best epoch is chosen by on the dev split: ``BLEU-4`` of generated
-            captions, or ``dev_loss``.
-        patience: epochs without a better one after which training stops.
-        evaluate_every: epochs between two evaluations on generated captions.
-        dev_images: images of the dev split that are captioned in an evaluation; ``None`` for all.
-        checkpoint_steps: steps between two checkpoints inside an epoch; one is written after each
-            epoch too.
+            0 to use the weights themselves.
+        best_by: criterion for the best epoch on the dev split: ``BLEU-4`` of generated captions, or
+            ``dev_loss``.
+        patience: training stops after this many epochs without improvement.
+        evaluate_every: epochs between two evaluations.
+        dev_images: images of the dev split that are captioned per evaluation; ``None`` for all.
+        checkpoint_steps: steps between two checkpoints within an epoch; each epoch ends with one.
         seed: of weights, batches and dropout.
         dtype: compute dtype of training: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
     """
@@ -237,20 +233,20 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ContrastiveConfig(TrainingConfig):
-    """How a small CLIP is trained; here ``patience`` counts epochs without a better dev score.
+    """How a small CLIP is trained; ``patience`` counts epochs without a better dev score.
 
     Attributes:
-        captions: captions of each image in a batch, chosen anew in every epoch.
-        twins: false twins of each of these captions in the batch, where there are so many.
-        twin_weight: of the loss that compares captions with their twins alone.
-        reconstruction: weight of the loss of reading the stem's grid back from an image's vector; 0
-            leaves it out.
-        looking: epochs before all others in which the image half learns by that loss alone.
-        captioning: weight of the loss of saying an image's captions from its vector; 0 leaves it
-            out.
-        temperature: of the softmax, at first; it is learned.
-        feature_dropout: probability of hiding a number of the stem's grid.
-        word_dropout: probability of leaving out a token of a caption.
+        captions: captions per image in a batch, chosen anew in every epoch.
+        twins: false twins per caption in a batch, if it has that many.
+        twin_weight: weight of the loss that compares captions only with their twins.
+        reconstruction: weight of the loss of reconstructing the stem's grid from an image's vector;
+            0 to omit it.
+        looking: initial epochs in which the image half learns from that loss alone.
+        captioning: weight of the loss of generating an image's captions from its vector; 0 to omit
+            it.
+        temperature: initial temperature of the softmax; it is learned.
+        feature_dropout: probability of zeroing a number of the stem's grid.
+        word_dropout: probability of dropping a token of a caption.
     """
 
     captions: int = 2

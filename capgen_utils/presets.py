@@ -1,4 +1,4 @@
-"""Presets: everything that one word on the command line chooses, as plain values."""
+"""Presets: everything that one word on the command line chooses (notebook 00)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -42,7 +42,7 @@ class ClipRecipe:
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that one word on the command line chooses. No module branches on ``name``.
+    """Everything that one word on the command line chooses; no module branches on ``name``.
 
     Attributes:
         name: what the user types.
@@ -116,8 +116,7 @@ class Preset:
         return replace(self, models={**self.models, model: recipe})
 
 
-# Drawn scenes are clean and plentiful: nothing needs smoothing or dropping, and all epochs are
-# worth their seconds.
+# Drawn scenes are clean and plentiful: no label smoothing, and no early stopping.
 SHAPES_TRAINING = TrainingConfig(
     epochs=16,
     batch_images=32,
@@ -125,7 +124,7 @@ SHAPES_TRAINING = TrainingConfig(
     weight_decay=0.01,
     label_smoothing=0.0,
     average=0.99,
-    # Many sentences are true of a scene, so BLEU between good captioners is mostly chance.
+    # Many true sentences are equally good, so BLEU between good captioners is chance.
     best_by="dev_loss",
     patience=16,
 )
@@ -143,8 +142,8 @@ _SHAPES_DECODER: dict[str, Any] = {
 }
 
 
-# Closed gates protect what a large language model knows. A mini knows little, and would open them
-# too late to learn relations.
+# Closed gates protect the knowledge of a large language model. The mini has little to protect, and
+# would open them too late to learn relations.
 _MINI: dict[str, Any] = {
     "seq_len": 32,
     "language_model": "gpt2-mini",
@@ -291,7 +290,7 @@ FLICKR8K = Preset(
     clip=ClipRecipe(_FLICKR8K_CLIP, _FLICKR8K_CONTRASTIVE),
     judge=ClipRecipe(
         replace(_FLICKR8K_CLIP, vision_width=256, vision_heads=4, text_width=256, text_heads=4),
-        replace(_FLICKR8K_CONTRASTIVE, seed=2, captioning=0.0),  # it need not help anyone speak
+        replace(_FLICKR8K_CONTRASTIVE, seed=2, captioning=0.0),  # no captioner reads it
         "word",
     ),
     language=TrainingConfig(epochs=8, batch_images=64, learning_rate=1e-3, average=0.99),
@@ -312,10 +311,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """Return a preset; ``auto`` is ``flickr8k`` where there is a GPU and ``shapes`` elsewhere.
+    """Return a preset; ``auto`` is ``flickr8k`` with a GPU and ``shapes`` without one.
 
     Raises:
-        CapGenError: no such preset; lists those there are.
+        CapGenError: there is no such preset; lists the presets.
     """
     if name == "auto":
         name = "flickr8k" if choose_device().type in ("cuda", "mps") else "shapes"

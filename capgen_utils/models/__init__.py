@@ -79,4 +79,5 @@ def build_model(
         CapGenError: there is no such model, or its hyperparameters are inconsistent.
     """
     unknown = getattr(tokenizer, "unk_id", tokenizer.pad_id)
-    return model_class(name)(config, len(tokenizer), feature_shape, unknown)  # type: ignore[call-arg]
+    make: Any = model_class(name)
+    return make(config, len(tokenizer), feature_shape, unknown)

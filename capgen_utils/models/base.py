@@ -251,7 +251,7 @@ class KeyValues:
 
     @classmethod
     def new(cls, like: Tensor, layers: int, rows: int, heads: int, width: int) -> "KeyValues":
-        """Return an empty cache for M = ``rows`` hypotheses, on the device of ``like``."""
+        """Return an empty cache for M = ``rows`` hypotheses; dtype and device are ``like``'s."""
         return cls([like.new_empty(rows, cls.room, 2, heads, width) for _ in range(layers)], 0)
 
     @property

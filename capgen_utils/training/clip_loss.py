@@ -1,4 +1,4 @@
-"""The contrastive losses of CLIP and the measures of a trained one (notebook 06)."""
+"""The contrastive losses of a CLIP and its retrieval measures (notebook 06)."""
 
 from collections.abc import Sequence
 
@@ -12,24 +12,20 @@ from capgen_utils.vision.dual_encoder import DualEncoder
 from capgen_utils.vision.features import FeatureCache
 
 RANKS = (1, 5, 10)
-SAMPLE = 512  # images that say what is usual in the stem's grid
-
-
-# --- the loss and its measures
+SAMPLE = 512  # images for the statistics of the stem's grid
 
 
 def info_nce(logits: Tensor, positive: Tensor) -> Tensor:
-    """Return InfoNCE in both directions (arXiv 2103.00020, figure 3), where a row may have several
-    right answers.
+    """Return InfoNCE in both directions (arXiv 2103.00020, figure 3), with several positives.
 
     Each image has to find its captions among all texts, and each caption its images among all
-    images: cross-entropy against the right answers, each with an equal share. Where image i has
-    text i alone, it is the library's loss.
+    images: cross-entropy against the positives, each with an equal share. If text i is the only
+    caption of image i, this is the library's loss.
 
     Args:
-        logits: (B, M), cosines over the temperature.
-        positive: (B, M), true where text m is a caption of image b. A text without any image is
-            only a wrong answer.
+        logits: (B, M), cosines divided by the temperature.
+        positive: (B, M), true where text m is a caption of image b. A text without an image is a
+            negative for all images.
 
     Returns:
         The mean of the two directions' means, in nats.
@@ -38,25 +34,24 @@ def info_nce(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def _find(logits: Tensor, positive: Tensor) -> Tensor:
-    answered = positive.any(1)
-    shares = positive.float() / positive.sum(1, keepdim=True).clamp(min=1)
-    losses = -(shares * logits.float().log_softmax(1)).sum(1)
+    answered = positive.any(1)  # (B,)
+    shares = positive.float() / positive.sum(1, keepdim=True).clamp(min=1)  # (B, M)
+    losses = -(shares * logits.float().log_softmax(1)).sum(1)  # (B,)
     return losses[answered].mean()
 
 
 def twin_loss(logits: Tensor, positive: Tensor, pairs: Tensor) -> Tensor:
-    """Return the cross-entropy of choosing between a caption and its false twin, in nats, as a mean
-    over all choices.
+    """Return the mean cross-entropy of choosing between a caption and its false twin, in nats.
 
-    Among hundreds of wrong answers the twin is one; here it is the only one.
+    In ``info_nce`` the twin is one of hundreds of negatives; here it is the only one.
 
     Args:
-        logits: (B, M), cosines over the temperature.
+        logits: (B, M), cosines divided by the temperature.
         positive: (B, M), true where text m is a caption of image b.
-        pairs: (P, 2), columns of a caption and of a twin.
+        pairs: (P, 2), columns of captions and of their twins.
     """
-    caption, twin = pairs.unbind(1)
-    chosen = positive[:, caption] & ~positive[:, twin]
+    caption, twin = pairs.unbind(1)  # (P,) each
+    chosen = positive[:, caption] & ~positive[:, twin]  # (B, P)
     return (
         F.softplus(logits[:, twin] - logits[:, caption])[chosen].mean()
         if chosen.any()
@@ -67,8 +62,8 @@ def twin_loss(logits: Tensor, positive: Tensor, pairs: Tensor) -> Tensor:
 def recall(similarity: Tensor, positive: Tensor) -> dict[str, float]:
     """Return recall@1, @5 and @10 in both directions, in percent.
 
-    A search succeeds at k where fewer than k wrong answers score as high as the best right one. A
-    text that describes several images word for word is right for each of them.
+    A search succeeds at k if fewer than k wrong answers score as high as the best right one. A text
+    that several images share is right for each of them.
 
     Args:
         similarity: (I, M) of images and texts.
@@ -86,16 +81,16 @@ def recall(similarity: Tensor, positive: Tensor) -> dict[str, float]:
 
 
 def same_texts(captions: Sequence[Sequence[str]], dual: DualEncoder) -> tuple[list[str], Tensor]:
-    """Return the different captions of images, and which belong to which.
+    """Return the distinct captions of images, and the images that each belongs to.
 
     Args:
         captions: of each image.
-        dual: captions that its tokenizer reads alike are one text.
+        dual: captions with the same token ids are one text.
 
     Returns:
         M texts, and (images, M), true where text m is a caption of image i.
     """
-    keys = {caption: tuple(dual.tokenizer.encode(caption)) for own in captions for caption in own}
+    keys = {text: tuple(dual.tokenizer.encode(text)) for texts in captions for text in texts}
     texts = {key: caption for caption, key in keys.items()}
     columns = {key: column for column, key in enumerate(texts)}
     positive = torch.zeros(len(captions), len(texts), dtype=torch.bool)
@@ -107,18 +102,17 @@ def same_texts(captions: Sequence[Sequence[str]], dual: DualEncoder) -> tuple[li
 def twin_accuracy(
     dual: DualEncoder, images: Tensor, captions: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Say how often a caption fits its image better than its false twins do.
+    """Return how often a caption fits its image better than its false twins.
 
     Args:
-        dual: the judge.
+        dual: the dual encoder.
         images: vectors (B, E).
         captions: of each image.
 
     Returns:
-        In percent: ``twins``, of all pairs of a caption and a twin; ``twins, all of an image``, of
-            all images that
-        have such pairs, those where every caption won against every twin. Empty where no caption
-        has a twin.
+        In percent: ``twins``, the pairs of caption and twin in which the caption wins; ``twins, all
+        of an image``, the images with such pairs whose captions win all of them. Empty if no
+        caption has a twin.
     """
     pairs = [
         (i, c, twin) for i, own in enumerate(captions) for c in own for twin in hard_negatives(c)
@@ -144,14 +138,13 @@ def twin_accuracy(
 def measure(
     dual: DualEncoder, manifest: Manifest, cache: FeatureCache, batch_size: int = 256
 ) -> dict[str, float]:
-    """Return ``recall`` and ``twin_accuracy`` of a split, all images of it at once, and ``score``,
-    their mean.
+    """Return ``recall`` and ``twin_accuracy`` over a whole split, and their mean, ``score``.
 
     Args:
         dual: the dual encoder.
         manifest: one split.
-        cache: its stem's grid, the plain view.
-        batch_size: images that are encoded together.
+        cache: the stem's grid of the plain view.
+        batch_size: images encoded at once.
     """
     items = [item for item in manifest.items if item.image not in cache.failed and item.captions]
     parts = (items[start : start + batch_size] for start in range(0, len(items), batch_size))
@@ -167,6 +160,3 @@ def measure(
         (result["mean recall"] + twins["twins"]) / 2 if twins else result["mean recall"]
     )
     return result | twins
-
-
-# --- what is drawn

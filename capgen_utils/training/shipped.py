@@ -1,6 +1,6 @@
-"""Trained captioners that ship: written small, and put where training would have put them.
+"""Copies the captioners that ship with CapGen to where training would put them (notebook 00).
 
-For maintainers: ``make bundles`` writes those of ``shapes`` from their finished runs.
+For maintainers: ``make bundles`` writes the captioners of ``shapes`` from their finished runs.
 """
 
 import os
@@ -23,59 +23,51 @@ from capgen_utils.training.folders import (
 SHIPPED = REPOSITORY / "data" / "bundles"
 LOG = "log.jsonl"
 WEIGHTS = "model.safetensors"
-LANGUAGE_MODEL = "language_model"  # in the bundle of the captioner that began with it
-
-
-# --- for readers
+LANGUAGE_MODEL = "language_model"  # in the bundle of the captioner that starts from it
 
 
 def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
-    """Put what ships for a preset where training would have put it: captioners, and what they start
-    from.
+    """Copy a preset's shipped captioners, and what they start from, to where training puts them.
 
-    What has been trained here stays; notebooks and ``capgen train`` find the rest as finished runs
-    where ``CAPGEN_TRAIN`` is 0. What ships rests on its own encoder: where another one was trained
-    here, it lies apart, in a data folder of its own, which ``CAPGEN_DATA`` names from then on.
+    Your own models are never overwritten. With ``CAPGEN_TRAIN=0``, notebooks and ``capgen train``
+    treat the copies as finished runs. If you have trained another encoder, the shipped captioners,
+    which need their own, go to a separate data folder, and ``CAPGEN_DATA`` is set to it.
 
     Args:
-        preset: whose captioners, encoder, small CLIP and language model are wanted.
-        shipped: where they lie.
+        preset: of the captioners, the encoder, the small CLIP and the language model.
+        shipped: the folder of the shipped bundles.
 
     Returns:
-        The names of the captioners that are in place now and ship.
+        The names of the shipped captioners that are now in place.
     """
-    found = [
-        model
-        for model in preset.models
-        if _stands_in(shipped / f"{preset.name}_{model}" / "config.json")
-    ]
-    if any(_is_another(*pair) for pair in _starting_points(preset, found, shipped)):
-        if all(_is_trained(preset, model) for model in found):
-            return found
+    models = []
+    for model in preset.models:
+        config = shipped / f"{preset.name}_{model}" / "config.json"
+        # Bundles of earlier versions do not name the settings of their run.
+        if config.is_file() and "settings" in read_json(config, "copy the repository again"):
+            models.append(model)
+    if any(_is_another(*pair) for pair in _starting_points(preset, models, shipped)):
+        if all(_is_trained(preset, model) for model in models):
+            return models
         os.environ["CAPGEN_DATA"] = str(own_data_dir() / APART)
-    for source, target in _starting_points(preset, found, shipped):
+    for source, target in _starting_points(preset, models, shipped):
         if not (target / WEIGHTS).is_file():
             copy_whole(source, target)
         if (source / LOG).is_file() and not run_folder(target).exists():
             copy_whole(source / LOG, run_folder(target) / LOG)
-    for model in found:
+    for model in models:
         bundle, run = shipped / f"{preset.name}_{model}", run_of(preset, model)
         if not _is_trained(preset, model):
             if (bundle / LOG).is_file():
                 copy_whole(bundle / LOG, run / LOG)
             copy_whole(bundle, run / "bundle")
-    return found
-
-
-def _stands_in(path: Path) -> bool:
-    """Return whether a bundle records its run; bundles of earlier versions do not."""
-    return path.is_file() and "settings" in read_json(path, "copy the repository again")
+    return models
 
 
 def _starting_points(
     preset: Preset, models: list[str], shipped: Path
 ) -> Iterator[tuple[Path, Path]]:
-    """Yield what captioners start from: where it ships, and where it belongs."""
+    """Yield the shipped folder and the target of everything that captioners start from."""
     for model in models:
         encoder = shipped / f"{preset.name}_{model}" / "encoder"
         name = preset.recipe(model).encoder
@@ -94,17 +86,15 @@ def _is_trained(preset: Preset, model: str) -> bool:
 
 
 def _is_another(source: Path, target: Path) -> bool:
-    """Whether a folder of weights is there already, and holds other weights."""
+    """Return whether two folders both hold weights, and their weights differ."""
     remedy = "delete this folder; it is copied or trained again"
     present = [folder for folder in (source, target) if (folder / WEIGHTS).is_file()]
-    return (
-        len({read_json(folder / "config.json", remedy).get("weights_hash") for folder in present})
-        > 1
-    )
+    hashes = {read_json(f / "config.json", remedy).get("weights_hash") for f in present}
+    return len(hashes) > 1
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file or a folder in one step, without the logs and language models inside it."""
+    """Copy a file or a folder atomically, without the logs and language models inside it."""
     with atomic_path(target) as temporary:
         if source.is_dir():
             shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(LOG, LANGUAGE_MODEL))

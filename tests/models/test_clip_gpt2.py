@@ -1,4 +1,4 @@
-"""CLIP + GPT-2: parameter counts, the library's GPT-2 as the reference, freezing, options."""
+"""CLIP + GPT-2: its counts, the library's GPT-2 as the reference, frozen weights and options."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""A sixth captioner is one file and one line: it trains, loads, decodes and is served."""
+"""A sixth captioner, one file and one line, trains, loads, decodes, is evaluated and served."""
 
 import importlib.util
 import json

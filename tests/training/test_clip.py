@@ -458,7 +458,7 @@ def test_a_vector_from_which_captions_are_said_learns_to_hold_them(tmp_path: Pat
 
 
 def test_looking_needs_something_to_learn_by(tmp_path: Path) -> None:
-    with pytest.raises(CapGenError, match="nothing to learn by"):
+    with pytest.raises(CapGenError, match="no loss to learn from"):
         tiny_run(tmp_path, looking=2)
 
 

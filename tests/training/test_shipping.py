@@ -135,7 +135,7 @@ def test_a_small_bundle_is_half_the_size_and_says_nearly_the_same(
         )
         == 0
     )
-    assert "MB of weights have become" in capsys.readouterr().out
+    assert "MB of weights became" in capsys.readouterr().out
     sizes = [
         (folder / "model.safetensors").stat().st_size for folder in (bundle, tmp_path / "small")
     ]
