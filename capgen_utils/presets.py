@@ -125,7 +125,8 @@ SHAPES_TRAINING = TrainingConfig(
     weight_decay=0.01,
     label_smoothing=0.0,
     average=0.99,
-    best_by="dev_loss",  # one true sentence of many is as good as another: BLEU between good captioners is chance
+    # Many true captions are equally good, so BLEU cannot rank good captioners.
+    best_by="dev_loss",
     patience=16,
 )
 

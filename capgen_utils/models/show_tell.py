@@ -96,7 +96,7 @@ class ShowTellCaptioner(CaptionModel):
         return ShowTellMemory(hidden.transpose(0, 1), cell.transpose(0, 1))
 
     def _read(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs (M, T, embed), states (layers, M, hidden) -> outputs (M, T, hidden), new states."""
+        """Inputs (M, T, embed), states (layers, M, hidden) -> outputs (M, T, hidden), states."""
         last = []
         for i, lstm in enumerate(self.lstm):
             x = dropout(x, self.config.dropout, self.training)

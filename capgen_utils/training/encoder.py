@@ -104,7 +104,7 @@ SHIFT = 4  # pixels; spatial relations stay true
 
 
 def shifted(pixels: Tensor, furthest: int = SHIFT) -> Tensor:
-    """Shift each image (B, H, W, C) by up to ``furthest`` pixels along both axes, repeating edges."""
+    """Shift each image (B, H, W, C) by up to ``furthest`` pixels per axis, repeating edges."""
     height, width = pixels.shape[1:3]
     moves = torch.randint(-furthest, furthest + 1, (len(pixels), 2)).tolist()
     rows = [(torch.arange(height) + down).clamp(0, height - 1) for down, _ in moves]

@@ -68,7 +68,7 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
 
 
 def _stands_in(path: Path) -> bool:
-    """Whether a bundle says which run it came from; one of an earlier version of the code does not."""
+    """Return whether a bundle records its run; bundles of earlier versions do not."""
     return path.is_file() and "settings" in read_json(path, "copy the repository again")
 
 

@@ -136,7 +136,7 @@ def test_cached_and_fresh_images_get_the_same_captions(
 
 
 def test_it_looks_where_the_object_is(shapes_run: ShapesRun) -> None:
-    """While it says a shape, it looks more at the place of that object than a look at random would."""
+    """At a shape word, attention on the object's box is above chance."""
     captioner = Captioner.from_bundle(shapes_run.bundle, "cpu")
     manifest = load_dataset("shapes").split("test")
     scenes = shapes.load_scenes(manifest.root)
