@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from capgen_utils.common.files import CapGenError, atomic_path, read_json, write_json
+from capgen_utils.common.files import CapGenError, atomic_path, from_dict, read_json, write_json
 from capgen_utils.common.tensors import compact, read_tensors, save_tensors
-from capgen_utils.config import DecodingConfig, from_dict
+from capgen_utils.config import DecodingConfig
 from capgen_utils.decoding.options import check_decoding
 from capgen_utils.models import CaptionModel, build_model, model_config
 from capgen_utils.text.vocabulary import tokenizer_from_json

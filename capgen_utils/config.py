@@ -3,15 +3,11 @@
 Notebooks 03 to 08 explain them.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import isfinite
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from capgen_utils.common.files import CapGenError
 from capgen_utils.common.moved import moved_names
 
-Config = TypeVar("Config")
 MINI = "gpt2-mini"  # the language model that is pre-trained here on the captions
 SMALL_CLIP = "small_clip"  # the dual encoder that is trained here
 LARGEST_BEAM = 100  # memory grows with the beam; captions stop changing long before this
@@ -376,40 +372,6 @@ RECIPES: dict[str, Recipe] = {
         training=TrainingConfig(batch_images=16, learning_rate=1e-4),  # fits a GPU of 16 GB
     ),
 }
-
-
-def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """Build the dataclass ``kind`` from JSON values.
-
-    Raises:
-        CapGenError: a key that ``kind`` does not have, or a value of the wrong type.
-    """
-    defaults = asdict(kind())  # type: ignore[call-overload]
-    unknown = sorted(set(values) - set(defaults))
-    if unknown:
-        raise CapGenError(
-            f"{kind.__name__} does not know {', '.join(unknown)}",
-            "the file was written by another version of CapGen: use that version, or train again",
-        )
-    for name, value in values.items():
-        if not _fits(value, defaults[name]):
-            raise CapGenError(
-                f"{kind.__name__}.{name} cannot be {value!r}",
-                f"use a value like {defaults[name]!r}",
-            )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Return whether a JSON value has the type of a field's default; numbers must be finite."""
-    if isinstance(default, tuple):
-        return isinstance(value, list | tuple) and all(_fits(item, 0.0) for item in value)
-    if default is None:  # an optional whole number
-        return value is None or _fits(value, 0)
-    if isinstance(value, bool) != isinstance(default, bool):
-        return False
-    kinds = (int, float) if isinstance(default, float) else type(default)
-    return isinstance(value, kinds) and not (isinstance(value, float) and not isfinite(value))
 
 
 __getattr__ = moved_names(__name__)  # for notebooks of earlier copies

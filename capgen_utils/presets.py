@@ -124,7 +124,7 @@ SHAPES_TRAINING = TrainingConfig(
     weight_decay=0.01,
     label_smoothing=0.0,
     average=0.99,
-    # Many true sentences are equally good, so BLEU between good captioners is chance.
+    # Many true captions are equally good, so BLEU cannot rank good captioners.
     best_by="dev_loss",
     patience=16,
 )

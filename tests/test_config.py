@@ -11,7 +11,7 @@ import torch
 from capgen_utils import presets
 from capgen_utils.common import device as devices
 from capgen_utils.common.device import choose_device, choose_dtype
-from capgen_utils.common.files import CapGenError
+from capgen_utils.common.files import CapGenError, from_dict
 from capgen_utils.common.paths import REPOSITORY, data_dir
 from capgen_utils.config import (
     SMALL_CLIP,
@@ -19,7 +19,6 @@ from capgen_utils.config import (
     Recipe,
     TrainingConfig,
     TransformerConfig,
-    from_dict,
 )
 from capgen_utils.data.datasets import DATASETS
 from capgen_utils.models import MODELS

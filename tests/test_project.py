@@ -24,10 +24,10 @@ PHOTOS = ROOT / "data" / "photos"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 MAX_LINES = 40  # of a function, without its docstring
-MAX_CHAIN = 16  # modules in the longest path of imports, those inside functions included
+MAX_CHAIN = 14  # modules in the longest path of imports, those inside functions included
 MAX_MODULES = 12  # in a folder
 MAX_TOP_LEVEL = 8  # the seven modules, and py.typed
-MAX_USED_ONCE = 0.17  # of all functions: private ones that are used in one line only
+MAX_USED_ONCE = 0.085  # of all functions: private ones that are used in one line only
 TEXT_SUFFIXES = {"", ".cfg", ".ipynb", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|mnt|opt|srv|work)/[\w./-]+")
 # Files that may hold a path of that kind: file -> why. Paths inside a container are no one's
@@ -128,7 +128,8 @@ def test_only_the_extra_holds_what_only_the_service_needs() -> None:
 def test_every_link_to_the_repository_is_made_from_the_one_address() -> None:
     own = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
     link = re.compile(
-        r"(?:github\.com|githubusercontent\.com|colab\.research\.google\.com/github)/([\w.-]+/capgen)\b"
+        r"(?:github\.com|githubusercontent\.com|colab\.research\.google\.com/github)"
+        r"/([\w.-]+/capgen)\b"
     )
     for name, text in text_files():
         assert set(link.findall(text)) <= {own}, name
@@ -152,7 +153,7 @@ def test_folders_are_small_and_the_top_level_holds_seven_modules() -> None:
 
 
 def test_lines_are_short() -> None:
-    assert len(structure.long_lines()) <= 170
+    assert structure.long_lines() == []
 
 
 def test_few_private_functions_are_used_only_once() -> None:

@@ -5,10 +5,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")  # a dataclass whose fields all have defaults
 
 
 class CapGenError(Exception):
@@ -124,3 +128,37 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
             f"but only {free / 1e9:.2f} GB are free",
             "free some disk space, or set CAPGEN_DATA to a folder on a larger disk",
         )
+
+
+def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """Build the dataclass ``kind`` from JSON values.
+
+    Raises:
+        CapGenError: a key that ``kind`` does not have, or a value of the wrong type.
+    """
+    defaults = asdict(kind())  # type: ignore[call-overload]
+    unknown = sorted(set(values) - set(defaults))
+    if unknown:
+        raise CapGenError(
+            f"{kind.__name__} does not know {', '.join(unknown)}",
+            "the file was written by another version of CapGen: use that version, or train again",
+        )
+    for name, value in values.items():
+        if not _fits(value, defaults[name]):
+            raise CapGenError(
+                f"{kind.__name__}.{name} cannot be {value!r}",
+                f"use a value like {defaults[name]!r}",
+            )
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Return whether a JSON value has the type of a field's default; numbers must be finite."""
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and all(_fits(item, 0.0) for item in value)
+    if default is None:  # an optional whole number
+        return value is None or _fits(value, 0)
+    if isinstance(value, bool) != isinstance(default, bool):
+        return False
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    return isinstance(value, kinds) and not (isinstance(value, float) and not isfinite(value))

@@ -72,6 +72,7 @@ _NAMES = {
     "config.choose_dtype": "common.device",
     "config.cpu_has_bf16": "common.device",
     "config.data_dir": "common.paths",
+    "config.from_dict": "common.files",
     "config.own_data_dir": "common.paths",
     "config.train_anew": "common.paths",
     "contrastive.RANKS": "training.clip_loss",

@@ -3,8 +3,8 @@
 from dataclasses import fields, replace
 from typing import Any
 
-from capgen_utils.common.files import CapGenError
-from capgen_utils.config import LARGEST_BEAM, LONGEST, DecodingConfig, Option, from_dict
+from capgen_utils.common.files import CapGenError, from_dict
+from capgen_utils.config import LARGEST_BEAM, LONGEST, DecodingConfig, Option
 
 SAMPLING = ("temperature", "top_k", "top_p", "samples")  # options that ask for samples
 TEMPERATURES = (0.0, 0.01, 0.1, 0.5, 0.7, 1.0, 1.5)  # of re-ranked candidates; 0 is greedy

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from capgen_utils.bundle import Bundle
 from capgen_utils.captioner import Captioner
-from capgen_utils.common.files import CapGenError, read_json, write_json
+from capgen_utils.common.files import CapGenError, from_dict, read_json, write_json
 from capgen_utils.common.machine import machine, revision
-from capgen_utils.config import DecodingConfig, from_dict
+from capgen_utils.config import DecodingConfig
 from capgen_utils.data.manifest import Manifest
 from capgen_utils.decoding.captions import Caption
 from capgen_utils.decoding.options import check_decoding, describe, with_options

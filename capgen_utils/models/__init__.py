@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from capgen_utils.common.files import CapGenError
-from capgen_utils.config import from_dict
+from capgen_utils.common.files import CapGenError, from_dict
 from capgen_utils.models.attend_tell import AttendTellCaptioner
 from capgen_utils.models.base import IGNORED, CaptionModel, State, caption_loss
 from capgen_utils.models.clip_gpt2 import ClipGpt2Captioner

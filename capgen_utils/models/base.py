@@ -251,7 +251,7 @@ class KeyValues:
 
     @classmethod
     def new(cls, like: Tensor, layers: int, rows: int, heads: int, width: int) -> "KeyValues":
-        """Return an empty cache for M = ``rows`` hypotheses; dtype and device are ``like``'s."""
+        """Return an empty cache for M = ``rows`` hypotheses, with dtype and device of ``like``."""
         return cls([like.new_empty(rows, cls.room, 2, heads, width) for _ in range(layers)], 0)
 
     @property

@@ -105,7 +105,7 @@ def count_targets(chunks: Sequence[Chunk]) -> Tensor:
 
 
 def captions_of(item: Item, flipped: bool) -> tuple[str, ...]:
-    """Return the captions that are true of a view; mirroring drops those with left or right."""
+    """Return the captions that are true of a view: mirroring drops those with left or right."""
     if not flipped:
         return item.captions
     return tuple(c for c in item.captions if not SIDES.intersection(tokenise(c)))

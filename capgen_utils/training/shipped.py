@@ -61,7 +61,12 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
             if (bundle / LOG).is_file():
                 copy_whole(bundle / LOG, run / LOG)
             copy_whole(bundle, run / "bundle")
-    return models
+    return found
+
+
+def _stands_in(path: Path) -> bool:
+    """Return whether a bundle records its run; bundles of earlier versions do not."""
+    return path.is_file() and "settings" in read_json(path, "copy the repository again")
 
 
 def _starting_points(

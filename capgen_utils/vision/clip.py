@@ -10,9 +10,9 @@ from torch import Tensor, autocast, nn
 from torch.nn import functional as F
 
 from capgen_utils.common.compat import import_torchvision
-from capgen_utils.common.files import CapGenError
+from capgen_utils.common.files import CapGenError, from_dict
 from capgen_utils.common.hub import load_pretrained
-from capgen_utils.config import SMALL_CLIP, SmallClipConfig, from_dict
+from capgen_utils.config import SMALL_CLIP, SmallClipConfig
 from capgen_utils.vision.encoder import FOLDER_REMEDY, Encoder
 from capgen_utils.vision.preprocessing import Preprocessing
 

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from capgen_utils.common.files import CapGenError
-from capgen_utils.config import from_dict
+from capgen_utils.common.files import CapGenError, from_dict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

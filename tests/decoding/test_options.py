@@ -4,7 +4,8 @@ import argparse
 
 from capgen_utils.apps.cli.arguments import add_decoding_options, add_reranking_options
 from capgen_utils.apps.serve.schemas import Options
-from capgen_utils.config import DecodingConfig, from_dict
+from capgen_utils.common.files import from_dict
+from capgen_utils.config import DecodingConfig
 from capgen_utils.decoding.options import OPTIONS
 
 

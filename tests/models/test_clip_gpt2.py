@@ -1,4 +1,4 @@
-"""CLIP + GPT-2: its counts, the library's GPT-2 as the reference, frozen weights and options."""
+"""CLIP + GPT-2: parameter counts, equality with the library, frozen parts and options."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace

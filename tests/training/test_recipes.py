@@ -1,4 +1,4 @@
-"""From a preset to a trained captioner, in small: a few real shapes and a few steps."""
+"""From a preset to a trained captioner, on a few shapes and in a few steps."""
 
 import json
 from dataclasses import replace

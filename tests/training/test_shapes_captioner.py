@@ -136,7 +136,7 @@ def test_cached_and_fresh_images_get_the_same_captions(
 
 
 def test_it_looks_where_the_object_is(shapes_run: ShapesRun) -> None:
-    """At a shape word, attention on that object is above chance."""
+    """At a shape word, attention on the object's box is above chance."""
     captioner = Captioner.from_bundle(shapes_run.bundle, "cpu")
     manifest = load_dataset("shapes").split("test")
     scenes = shapes.load_scenes(manifest.root)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from capgen_utils.apps.export.numpy_search import require_search, search
-from capgen_utils.common.files import CapGenError, read_json, sha256_file
-from capgen_utils.config import DecodingConfig, from_dict
+from capgen_utils.common.files import CapGenError, from_dict, read_json, sha256_file
+from capgen_utils.config import DecodingConfig
 from capgen_utils.data.images import ImageLike, is_many, open_image
 from capgen_utils.decoding.captions import Caption, Specials, caption_of
 from capgen_utils.decoding.options import check_decoding, with_options
