@@ -61,7 +61,7 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
             if (bundle / LOG).is_file():
                 copy_whole(bundle / LOG, run / LOG)
             copy_whole(bundle, run / "bundle")
-    return found
+    return models
 
 
 def _stands_in(path: Path) -> bool:
