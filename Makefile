@@ -80,8 +80,11 @@ wheelhouse: ## collect all packages in wheelhouse/, for machines without network
 course: $(STAMP) ## run all notebooks on drawn scenes; TRAIN=0 uses the captioners that ship
 	$(RUN) -m capgen_utils course $(if $(filter 0,$(TRAIN)),--no-train)
 
+# make test COVERAGE= leaves coverage out: the tests are faster without it.
+COVERAGE := --cov --cov-report=term
+
 test: lint ## lint, then all tests, with coverage
-	$(RUN) -m pytest --cov --cov-report=term
+	$(RUN) -m pytest $(COVERAGE)
 
 lint: $(STAMP) ## ruff, mypy and the order of the folders
 	$(RUN) -m ruff check .

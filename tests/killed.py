@@ -19,14 +19,14 @@ from capgen_utils.vision import features
 
 def extraction(folder: Path, delay: float = 0.0) -> None:
     """Extract features of 40 images, one at a time, slowly."""
-    run = features._run
+    run = features.encode_pixels
 
     def slowly(*arguments: Any) -> Any:
         print("now", flush=True)
         time.sleep(delay)
         return run(*arguments)
 
-    features._run = slowly
+    features.encode_pixels = slowly
     manifest = tiny_manifest(folder / "images", train=40, dev=0)
     (folder / "images" / "003.png").write_bytes(b"damaged")
     cache = features.extract(

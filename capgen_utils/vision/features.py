@@ -274,8 +274,7 @@ def _write_rows(
             )
         else:
             batches = _encoded_grids(grids, encoder, output, rows, batch_size)
-        title = f"{encoder.name} {output}"
-        with tqdm(total=len(manifest), initial=rows, unit="img", desc=title) as bar:
+        with tqdm(total=len(manifest), initial=rows, unit="img", desc=encoder.name) as bar:
             for names, features, failed in batches:
                 if failed:
                     lines = map(json.dumps, (_read_failures(log) | failed).items())

@@ -402,7 +402,7 @@ def test_a_bundle_of_impossible_size_is_refused_before_it_is_built(
     )
     info["architecture"][key] = value
     save_bundle(tmp_path / "bundle", Bundle(captioner, tiny_tokenizer(), info))
-    with pytest.raises(CapGenError, match="not possible"):
+    with pytest.raises(CapGenError, match="impossible values"):
         load_bundle(tmp_path / "bundle")
 
 

@@ -104,7 +104,7 @@ def test_padding_and_the_other_captions_change_nothing(name: str) -> None:
     memory = model.encode(some_features(name))
     padded = torch.cat([tokens, torch.zeros(7, 4, dtype=torch.long)], 1)
     short = model(memory, tokens, RAGGED)
-    torch.testing.assert_close(model(memory, padded, RAGGED)[:, :9], short, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(memory, padded, RAGGED)[:, :9], short, atol=1e-4, rtol=1e-4)
     rows = torch.tensor([5, 1, 3])
     torch.testing.assert_close(
         model(memory, tokens[rows], RAGGED[rows]), short[rows], atol=1e-4, rtol=1e-4
@@ -163,7 +163,7 @@ def test_attention_weights_are_shares_and_do_not_change_the_words(name: str) -> 
     for position in range(4):
         expected, plain, _ = model.step(tokens[:, position], plain)
         logits, looking, weights = model.step(tokens[:, position], looking, attention=True)
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
         for values in weights.values():
             assert values.ndim == 3 and values.shape[0] == 7 and values.shape[2] == 9
             assert (values >= 0).all()

@@ -75,7 +75,7 @@ def test_a_second_call_reads_and_does_not_compute(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = extracted(manifest, tmp_path)
-    monkeypatch.setattr(features, "_run", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(features, "encode_pixels", lambda *a: pytest.fail("computed again"))
     again = extracted(manifest, tmp_path)
     assert again.path == first.path and np.array_equal(again.array, first.array)
     assert files_of(tmp_path) == sorted([first.path.name, first.path.with_suffix(".json").name])
@@ -162,7 +162,7 @@ def interrupted(
     manifest: Manifest, folder: Path, monkeypatch: pytest.MonkeyPatch, batches: int = 2
 ) -> Path:
     """Stop an extraction after some batches; returns the unfinished file."""
-    run, calls = features._run, [0]
+    run, calls = features.encode_pixels, [0]
 
     def stop(*arguments: Any) -> Any:
         calls[0] += 1
@@ -171,7 +171,7 @@ def interrupted(
         return run(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(features, "_run", stop)
+        patch.setattr(features, "encode_pixels", stop)
         extracted(manifest, folder)
     (partial,) = (folder / "features").glob("*.partial")
     return partial
@@ -249,7 +249,7 @@ def test_too_small_a_disk_is_said_before_work_begins(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(features, "_run", lambda *a: pytest.fail("began to work"))
+    monkeypatch.setattr(features, "encode_pixels", lambda *a: pytest.fail("began to work"))
     with pytest.raises(CapGenError, match="needs .* GB") as error:
         extracted(manifest, tmp_path)
     assert "CAPGEN_DATA" in error.value.remedy
