@@ -81,7 +81,7 @@ course: $(STAMP) ## run all notebooks on drawn scenes; TRAIN=0 uses the captione
 	$(RUN) -m capgen_utils course $(if $(filter 0,$(TRAIN)),--no-train)
 
 # make test COVERAGE= leaves coverage out: the tests are faster without it.
-COVERAGE := --cov --cov-report=term
+COVERAGE ?= --cov --cov-report=term
 
 test: lint ## lint, then all tests, with coverage
 	$(RUN) -m pytest $(COVERAGE)
