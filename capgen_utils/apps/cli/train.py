@@ -4,28 +4,14 @@ import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from capgen_utils.apps.cli.arguments import add_command, add_weights_option
+from capgen_utils.apps.cli.arguments import DATA, WEIGHTS, Command
 from capgen_utils.config import MINI
 from capgen_utils.presets import PRESETS, get_preset
 
 
-def _add_pretrain(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "pretrain",
-        _pretrain,
-        "Train what a preset's captioners start from, once: encoder, small CLIP, language model.",
-    )
-    parser.add_argument("--preset", default="shapes", help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the dataset")
-    add_weights_option(parser)
-    judge = "also train a second small CLIP, used only to measure re-ranking"
-    parser.add_argument("--judge", action="store_true", help=judge)
-
-
-def _pretrain(options: argparse.Namespace) -> None:
+def run_pretrain(options: argparse.Namespace) -> None:
+    """Run ``capgen pretrain``."""
     from capgen_utils.training.clip import pretrain_dual_encoder
     from capgen_utils.training.encoder import pretrain_encoder
     from capgen_utils.training.language import pretrain_language_model
@@ -41,34 +27,8 @@ def _pretrain(options: argparse.Namespace) -> None:
         print(f"the judge is in {pretrain_dual_encoder(preset, data, judge=True)}")
 
 
-def _add_train(commands: Any) -> None:
-    parser = add_command(
-        commands, "train", _train, "Train a captioner, or continue an interrupted run."
-    )
-    add = parser.add_argument
-    models = ", ".join(PRESETS["shapes"].models)
-    add("--model", default="transformer", help=f"which captioner: {models}")
-    add("--preset", default="auto", help=f"auto, {', '.join(PRESETS)}")
-    add("--data", type=Path, metavar="FOLDER", help="folder of the dataset, if not the usual one")
-    add_weights_option(parser)
-    add("--limit", type=int, metavar="N", help="use only N images of each split, for a quick look")
-    add("--encoder", metavar="NAME", help="another image encoder than the preset's")
-    folder = "run folder (default: data/runs/PRESET_MODEL)"
-    add("--output", type=Path, metavar="FOLDER", help=folder)
-    add("--epochs", type=int, help="instead of the preset's")
-    add("--batch-images", type=int, metavar="N", help="images per batch, instead of the preset's")
-    add("--learning-rate", type=float, metavar="X", help="peak, instead of the preset's")
-    add("--seed", type=int, help="instead of the preset's")
-    dtypes = ("auto", "fp32", "bf16", "fp16")
-    add("--dtype", choices=dtypes, help="compute dtype of training")
-    add("--no-flip", action="store_true", help="do not train on mirrored images")
-    occurrences = "minimum occurrences of a word in the training captions"
-    add("--min-count", type=int, metavar="N", help=occurrences)
-    add("--tensorboard", action="store_true", help="log to TensorBoard, in the run folder")
-    add("--wandb", action="store_true", help="log to Weights & Biases (pip install wandb)")
-
-
-def _train(options: argparse.Namespace) -> None:
+def run_train(options: argparse.Namespace) -> None:
+    """Run ``capgen train``."""
     from capgen_utils.models import model_class
     from capgen_utils.training.recipes import train
 
@@ -82,8 +42,7 @@ def _train(options: argparse.Namespace) -> None:
         flip=preset.flip and not options.no_flip,
         min_count=preset.min_count if options.min_count is None else options.min_count,
     )
-    encoder = preset.recipe(model).encoder
-    print(f"preset {preset.name}: dataset {preset.dataset}, encoder {encoder}")
+    print(f"preset {preset.name}: dataset {preset.dataset}, encoder {preset.recipe(model).encoder}")
     names = ("epochs", "batch_images", "learning_rate", "seed", "dtype")
     settings = {name: getattr(options, name) for name in names}
     started = time.perf_counter()
@@ -103,3 +62,67 @@ def _train(options: argparse.Namespace) -> None:
     )
     bundle = run.folder / "bundle"
     print(f"the captioner is in {bundle}; next: capgen evaluate --bundle {bundle}")
+
+
+COMMANDS = (
+    Command(
+        "pretrain",
+        run_pretrain,
+        "Train what a preset's captioners start from, once: encoder, small CLIP, language model.",
+        {
+            "--preset": dict(default="shapes", help=f"one of {', '.join(PRESETS)}"),
+            **DATA,
+            **WEIGHTS,
+            "--judge": dict(
+                action="store_true",
+                help="also train a second small CLIP, used only to measure re-ranking",
+            ),
+        },
+    ),
+    Command(
+        "train",
+        run_train,
+        "Train a captioner, or continue an interrupted run.",
+        {
+            "--model": dict(
+                default="transformer",
+                help=f"which captioner: {', '.join(PRESETS['shapes'].models)}",
+            ),
+            "--preset": dict(default="auto", help=f"auto, {', '.join(PRESETS)}"),
+            "--data": dict(
+                type=Path, metavar="FOLDER", help="folder of the dataset, if not the usual one"
+            ),
+            **WEIGHTS,
+            "--limit": dict(
+                type=int, metavar="N", help="use only N images of each split, for a quick look"
+            ),
+            "--encoder": dict(metavar="NAME", help="another image encoder than the preset's"),
+            "--output": dict(
+                type=Path,
+                metavar="FOLDER",
+                help="run folder (default: data/runs/PRESET_MODEL)",
+            ),
+            "--epochs": dict(type=int, help="instead of the preset's"),
+            "--batch-images": dict(
+                type=int, metavar="N", help="images per batch, instead of the preset's"
+            ),
+            "--learning-rate": dict(type=float, metavar="X", help="peak, instead of the preset's"),
+            "--seed": dict(type=int, help="instead of the preset's"),
+            "--dtype": dict(
+                choices=("auto", "fp32", "bf16", "fp16"), help="compute dtype of training"
+            ),
+            "--no-flip": dict(action="store_true", help="do not train on mirrored images"),
+            "--min-count": dict(
+                type=int,
+                metavar="N",
+                help="minimum occurrences of a word in the training captions",
+            ),
+            "--tensorboard": dict(
+                action="store_true", help="log to TensorBoard, in the run folder"
+            ),
+            "--wandb": dict(
+                action="store_true", help="log to Weights & Biases (pip install wandb)"
+            ),
+        },
+    ),
+)

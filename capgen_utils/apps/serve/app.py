@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -14,13 +14,13 @@ from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import ValidationError
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 
 from capgen_utils.apps.serve.observing import Observer
-from capgen_utils.apps.serve.problems import Problem
 from capgen_utils.apps.serve.protection import LOG, Budget, Gate, Limits, Protection, Shield
 from capgen_utils.apps.serve.queueing import Batcher
 from capgen_utils.apps.serve.schemas import (
@@ -28,13 +28,14 @@ from capgen_utils.apps.serve.schemas import (
     Captions,
     Models,
     Options,
+    Problem,
     Status,
     Timing,
     caption_request,
     problems,
 )
 from capgen_utils.apps.serve.served import Item, Served, caption_out
-from capgen_utils.apps.serve.uploads import Form, open_upload, read_form, too_large
+from capgen_utils.apps.serve.uploads import IMAGE_FIELD, open_upload, read_form
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.machine import VERSION
 
@@ -100,7 +101,7 @@ class Service:
             async with asyncio.timeout(self.limits.seconds):
                 with self._requests.hold(1):
                     with self._uploads.hold() as take:
-                        form = await self._read(request, take)
+                        form = await read_form(request, self.limits, take)
                         late = Problem(
                             504,
                             "deadline",
@@ -112,15 +113,7 @@ class Service:
         except TimeoutError as error:
             raise late from error
 
-    async def _read(self, request: Request, take: Callable[[int], None]) -> Form:
-        length, kind, encoding = (
-            request.headers.get(f"content-{name}", "") for name in ("length", "type", "encoding")
-        )
-        if length.isdecimal() and int(length[:20]) > self.limits.body_bytes:
-            raise too_large(self.limits)
-        return await read_form(request.stream(), kind, encoding, self.limits, take)
-
-    async def _open(self, form: Form) -> tuple[Options, Served, str, list[Item]]:
+    async def _open(self, form: FormData) -> tuple[Options, Served, str, list[Item]]:
         """Return options, captioner, its decoding in words, and the images of a request."""
         options = read_options(form)
         served = self.captioners.get(options.model or self.default)
@@ -133,13 +126,13 @@ class Service:
         except CapGenError as error:
             raise Problem(422, "impossible_options", error.problem, error.remedy) from error
 
-        def open_one(index: int) -> Item:
-            image = open_upload(form.images[index], index, self.limits)
-            form.images[index] = bytearray()  # frees the file
-            return served.prepare(image, options)
+        def open_one(index: int, upload: Any) -> Item:
+            with upload.file as file:  # closing it frees its memory
+                return served.prepare(open_upload(file.read(), index, self.limits), options)
 
         run = asyncio.get_running_loop().run_in_executor
-        items = [await run(self._decoders, open_one, i) for i in range(len(form.images))]
+        images = enumerate(form.getlist(IMAGE_FIELD))
+        items = [await run(self._decoders, open_one, i, upload) for i, upload in images]
         return options, served, decoding, items
 
     async def _answer(
@@ -158,20 +151,31 @@ class Service:
             batch=max(each.batch for each in done),
         )
         captions = [
-            caption_out(i, item, each.result)
+            caption_out(i, item, *each.result)
             for i, (item, each) in enumerate(zip(items, done, strict=True))
         ]
         return Captions(model=served.name, decoding=decoding, captions=captions, timing=timing)
 
 
-def read_options(form: Form) -> Options:
-    """Return the options in a form.
+def read_options(form: FormData) -> Options:
+    """Return the options in a form, in which empty fields stand for defaults.
 
     Raises:
         Problem: 422, with every field that is wrong.
     """
+    fields = {
+        name: [v for v in form.getlist(name) if not isinstance(v, str) or v.strip()]
+        for name in form
+        if name != IMAGE_FIELD
+    }
     try:
-        return Options.model_validate(form.values())
+        return Options.model_validate(
+            {
+                name: values if name == "temperatures" or len(values) > 1 else values[0]
+                for name, values in fields.items()
+                if values
+            }
+        )
     except ValidationError as error:
         errors = [
             {"field": ".".join(map(str, e["loc"]))[:100], "detail": e["msg"]}

@@ -19,7 +19,7 @@ from limits.strategies import MovingWindowRateLimiter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from capgen_utils.apps.serve.problems import Problem
+from capgen_utils.apps.serve.schemas import Problem
 from capgen_utils.common.files import CapGenError
 
 LOG = logging.getLogger("capgen.service")

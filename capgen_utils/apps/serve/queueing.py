@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from capgen_utils.apps.serve.problems import Problem
+from capgen_utils.apps.serve.schemas import Problem
 
 Run = Callable[[Any, Sequence[Any]], Sequence[Any]]
 

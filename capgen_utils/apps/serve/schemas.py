@@ -1,11 +1,15 @@
 """Requests, answers and errors of the service, with bounds for every option, and their OpenAPI."""
 
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from starlette.responses import JSONResponse
 
-from capgen_utils.apps.serve.problems import MEDIA_TYPE
 from capgen_utils.decoding.options import OPTIONS
+
+PROBLEM_TYPE = "application/problem+json"  # RFC 9457
 
 # Tighter than the library's bounds: time and memory of a request grow with these.
 _LIMITS = {
@@ -34,11 +38,6 @@ def _field(name: str) -> Any:
     return kind | None, Field(default=None, description=option.help, **_bounds(name))
 
 
-def _as_list(value: Any) -> Any:
-    """A form repeats a field to give several values."""
-    return value if isinstance(value, list) or value is None else [value]
-
-
 Temperature = Annotated[float, Field(**_bounds("temperatures"))]
 _Decoding: Any = create_model(
     "_Decoding", **{name: _field(name) for name in OPTIONS if name != "temperatures"}
@@ -59,7 +58,7 @@ class Options(_Decoding):  # type: ignore[misc]
     rerank: bool = Field(
         default=False, description="let a CLIP choose the caption that fits the image best"
     )
-    temperatures: Annotated[list[Temperature] | None, BeforeValidator(_as_list)] = Field(
+    temperatures: list[Temperature] | None = Field(
         default=None,
         min_length=1,
         max_length=16,
@@ -212,6 +211,9 @@ class Status(BaseModel):
     status: str
 
 
+# --- errors
+
+
 class ProblemOut(BaseModel):
     """An error in the form of RFC 9457."""
 
@@ -222,6 +224,51 @@ class ProblemOut(BaseModel):
     code: str = Field(description="a short name for programs")
     remedy: str | None = None
     errors: list[dict[str, Any]] | None = None
+
+
+class Problem(Exception):
+    """A request that cannot be answered.
+
+    Args:
+        status: HTTP status code.
+        code: a short name for programs, such as ``queue_full``.
+        detail: what is wrong, for people.
+        remedy: what they can do.
+        errors: details of each error, if there are several.
+        headers: extra headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        remedy: str = "",
+        errors: Sequence[Mapping[str, Any]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.code, self.detail, self.remedy = status, code, detail, remedy
+        self.errors, self.headers = errors, dict(headers or {})
+
+    @classmethod
+    def busy(cls, detail: str, code: str = "queue_full", seconds: int = 1) -> "Problem":
+        """Return 503, with the ``seconds`` after which to try again."""
+        headers = {"Retry-After": str(seconds)}
+        return cls(503, code, detail, "try again a little later", headers=headers)
+
+    def response(self) -> JSONResponse:
+        """Return the answer."""
+        body = {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+        }
+        optional = {"remedy": self.remedy, "errors": [dict(error) for error in self.errors]}
+        body |= {name: value for name, value in optional.items() if value}
+        return JSONResponse(body, self.status, self.headers, PROBLEM_TYPE)
 
 
 # --- OpenAPI
@@ -252,7 +299,7 @@ discarded after the answer."""
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the description of error answers, for the argument ``responses`` of a route."""
-    content = {MEDIA_TYPE: {"schema": ProblemOut.model_json_schema()}}
+    content = {PROBLEM_TYPE: {"schema": ProblemOut.model_json_schema()}}
     retry = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
     return {
         status: {

@@ -26,6 +26,7 @@ from capgen_utils.vision.clip import CLIPS
 from capgen_utils.vision.grid import grid_side, seen_box
 from capgen_utils.vision.preprocessing import Preprocessing
 
+Answer = tuple[Caption, CaptionMaps | None]  # with attention maps if asked for
 BLANK = Image.new("RGB", (64, 64), (120, 130, 110))
 
 
@@ -48,14 +49,6 @@ class Item:
     def whole_bytes(self) -> int:
         """Memory of a whole image while it waits; small squares do not count."""
         return 3 * self.size[0] * self.size[1] if isinstance(self.image, Image.Image) else 0
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The caption of an item, with attention maps if asked for."""
-
-    caption: Caption
-    maps: CaptionMaps | None
 
 
 class Served:
@@ -142,7 +135,7 @@ class Served:
             return Item(image, image.size, options.attention)
         return Item(np.array(preprocessing(image)), image.size, options.attention)
 
-    def run(self, options: Options, items: Sequence[Item]) -> list[Answered | Exception]:
+    def run(self, options: Options, items: Sequence[Item]) -> list[Answer | Exception]:
         """Caption items together; if that fails, one by one, to find the items that fail."""
         try:
             return list(self._run(options, items))
@@ -151,29 +144,26 @@ class Served:
                 return [error]
             return [self.run(options, [item])[0] for item in items]
 
-    def _run(self, options: Options, items: Sequence[Item]) -> list[Answered]:
+    def _run(self, options: Options, items: Sequence[Item]) -> list[Answer]:
         captions = self.captioner.caption(
             [item.image for item in items],
             batch_size=len(items),
             rerank=options.rerank,
             **options.decoding(),
         )
-        answers = [Answered(caption, None) for caption in captions]
         looked = [i for i, c in enumerate(captions) if items[i].attention and c.text.strip()]
-        if looked:
-            images = [items[i].image for i in looked]
-            maps = caption_maps(self.captioner, images, [captions[i].tokens for i in looked])
-            for i, caption_map in zip(looked, maps, strict=True):
-                answers[i] = Answered(captions[i], caption_map)
-        return answers
+        if not looked:
+            return [(caption, None) for caption in captions]
+        images, tokens = zip(*((items[i].image, captions[i].tokens) for i in looked), strict=True)
+        maps = dict(zip(looked, caption_maps(self.captioner, images, tokens), strict=True))
+        return [(caption, maps.get(i)) for i, caption in enumerate(captions)]
 
 
 # --- answers
 
 
-def caption_out(index: int, item: Item, answered: Answered) -> CaptionOut:
+def caption_out(index: int, item: Item, caption: Caption, maps: CaptionMaps | None) -> CaptionOut:
     """Return the answer for one image."""
-    caption, maps = answered.caption, answered.maps
     return CaptionOut(
         image=index,
         width=item.size[0],

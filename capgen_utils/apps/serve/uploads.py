@@ -3,180 +3,97 @@
 import io
 import re
 import struct
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable
 
 from PIL import Image
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
 
-from capgen_utils.apps.serve.problems import Problem
 from capgen_utils.apps.serve.protection import Limits
+from capgen_utils.apps.serve.schemas import Problem
 from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import FORMATS, open_image
 
 IMAGE_FIELD = "image"
 MOST_FIELDS = 64
-FIELD_BYTES = 1000
+FIELD_BYTES = 1024
 MOST_SCANS = 100  # of a JPEG: each one decodes the whole image but takes only a few bytes
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG segment
 SEE = "see /openapi.json, or send: curl -F image=@photo.jpg"
 
 
-@dataclass
-class Form:
-    """A parsed body.
+class InMemory(MultiPartParser):
+    """Starlette's parser, which writes nothing to a disk and knows whether the body was whole."""
 
-    Attributes:
-        images: bytes of each image, in order; claimed names and types are not kept.
-        fields: the values of every other field.
-    """
+    spool_max_size = 0  # bytes of a file kept in memory: all of them
+    ended = False
 
-    images: list[bytearray] = field(default_factory=list)
-    fields: dict[str, list[str]] = field(default_factory=dict)
-
-    def values(self) -> dict[str, str | list[str]]:
-        """Return the fields for a model: empty ones are left out, repeated ones are lists."""
-        fields = {name: [v for v in values if v.strip()] for name, values in self.fields.items()}
-        return {name: v[0] if len(v) == 1 else v for name, v in fields.items() if v}
+    def on_end(self) -> None:
+        """The last boundary has arrived."""
+        self.ended = True
 
 
-# --- multipart
-
-
-def boundary_of(content_type: str, content_encoding: str = "") -> bytes:
-    """Return the bytes that separate the parts.
-
-    Raises:
-        Problem: 415, not multipart/form-data; 400, no boundary.
-    """
-    kind, parameters = parse_options_header(content_type.encode("latin-1", "replace"))
-    if kind.lower() != b"multipart/form-data":
-        raise Problem(415, "not_multipart", "the body is not multipart/form-data", SEE)
-    if content_encoding.strip().lower() not in ("", "identity"):
-        raise Problem(
-            415, "encoded_body", "compressed bodies are not accepted", "send the images as they are"
-        )
-    boundary = parameters.get(b"boundary", b"")
-    if not re.fullmatch(
-        rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]", boundary
-    ):  # RFC 2046
-        raise Problem(400, "bad_boundary", "the content type names no usable boundary", SEE)
-    return boundary
-
-
-class _Reader:
-    """Collects the parts of one body; anything beyond the limits ends it at once."""
-
-    def __init__(self, boundary: bytes, limits: Limits) -> None:
-        self.form, self._limits = Form(), limits
-        self._header = (bytearray(), bytearray())  # name, value
-        self._disposition = b""
-        self._field, self._part = "", bytearray()
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_header_field": lambda data, i, j: self._header[0].extend(data[i:j]),
-                "on_header_value": lambda data, i, j: self._header[1].extend(data[i:j]),
-                "on_header_end": self.end_header,
-                "on_headers_finished": self.begin_part,
-                "on_part_data": lambda data, i, j: self.extend_part(data[i:j]),
-                "on_part_end": self.end_part,
-            },
-        )
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last boundary has arrived."""
-        return self._parser.state == MultipartState.END
-
-    def write(self, chunk: bytes) -> None:
-        try:
-            self._parser.write(chunk)
-        except (FormParserError, UnicodeDecodeError) as error:
-            raise _malformed("the body is not well-formed multipart/form-data in UTF-8") from error
-
-    def end_header(self) -> None:
-        name, value = (bytes(text) for text in self._header)
-        self._header = (bytearray(), bytearray())
-        if name.lower() == b"content-disposition":
-            self._disposition = value
-        encoded = value.strip().lower() not in (b"binary", b"8bit", b"7bit")
-        if name.lower() == b"content-transfer-encoding" and encoded:
-            raise _malformed("a part is encoded", "encoded_part", "send the images as they are")
-
-    def begin_part(self) -> None:
-        kind, parameters = parse_options_header(self._disposition)
-        self._disposition = b""
-        if kind.lower() != b"form-data" or b"name" not in parameters:
-            raise _malformed("a part has no name")
-        self._field, self._part = parameters[b"name"].decode("utf-8"), bytearray()
-        if self._field == IMAGE_FIELD:
-            if len(self.form.images) >= self._limits.images:
-                detail = f"more than {self._limits.images} images in one request"
-                raise Problem(413, "too_many_images", detail, "send several requests")
-            self.form.images.append(self._part)
-        elif sum(map(len, self.form.fields.values())) >= MOST_FIELDS:
-            raise _malformed(f"more than {MOST_FIELDS} fields", "too_many_fields")
-
-    def extend_part(self, data: bytes) -> None:
-        self._part += data
-        if self._field != IMAGE_FIELD and len(self._part) > FIELD_BYTES:
-            raise _malformed(f"a field is longer than {FIELD_BYTES} bytes", "field_too_long")
-
-    def end_part(self) -> None:
-        if self._field != IMAGE_FIELD:
-            values = self.form.fields.setdefault(self._field, [])
-            values.append(self._part.decode("utf-8"))
-
-
-def _malformed(detail: str, code: str = "bad_multipart", remedy: str = SEE) -> Problem:
-    return Problem(400, code, detail, remedy)
-
-
-async def read_form(
-    chunks: AsyncIterator[bytes],
-    content_type: str,
-    content_encoding: str,
-    limits: Limits,
-    take: Callable[[int], None],
-) -> Form:
-    """Read a multipart body as it arrives, without writing anything to a disk.
+async def read_form(request: Request, limits: Limits, take: Callable[[int], None]) -> FormData:
+    """Read a multipart body as it arrives.
 
     Args:
-        chunks: the body.
-        content_type, content_encoding: headers of the request.
+        request: its body has not been read.
         limits: of bytes and images.
         take: reserves memory for the body, see ``Budget.hold``.
+
+    Returns:
+        An ``UploadFile`` for each image, the texts of the other fields.
 
     Raises:
         Problem: 400 for a malformed body, 413 for too much, 415 for another type, 422 without an
             image, 503 if other requests hold all the memory for uploads.
     """
-    reader, size = _Reader(boundary_of(content_type, content_encoding), limits), 0
-    async for chunk in chunks:
-        size += len(chunk)
-        if size > limits.body_bytes:
-            raise too_large(limits)
-        take(len(chunk))
-        reader.write(chunk)
-    if not reader.ended:
-        raise _malformed("the body ends before its last boundary")
-    if not reader.form.images:
-        raise Problem(422, "no_image", f"no part is named {IMAGE_FIELD!r}", SEE)
-    return reader.form
-
-
-def too_large(limits: Limits) -> Problem:
-    """Return 413 for a body of too many bytes."""
+    kind, length, encoding = (
+        request.headers.get(f"content-{name}", "") for name in ("type", "length", "encoding")
+    )
+    if parse_options_header(kind)[0] != b"multipart/form-data":
+        raise Problem(415, "not_multipart", "the body is not multipart/form-data", SEE)
+    if encoding.strip().lower() not in ("", "identity"):
+        raise Problem(
+            415, "encoded_body", "compressed bodies are not accepted", "send the images as they are"
+        )
     detail = f"the body is larger than {limits.body_bytes / 1e6:g} MB"
-    return Problem(413, "body_too_large", detail, "send fewer or smaller images")
+    too_large = Problem(413, "body_too_large", detail, "send fewer or smaller images")
+    if length.isdecimal() and int(length[:20]) > limits.body_bytes:
+        raise too_large
+
+    async def counted() -> AsyncGenerator[bytes, None]:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limits.body_bytes:
+                raise too_large
+            take(len(chunk))
+            yield chunk
+
+    most = {"max_files": limits.images, "max_fields": MOST_FIELDS, "max_part_size": FIELD_BYTES}
+    parser = InMemory(request.headers, counted(), **most)
+    try:
+        form = await parser.parse()
+    except (MultiPartException, ValueError) as error:  # ValueError: an odd charset
+        if str(error).startswith("Too many files"):
+            detail = f"more than {limits.images} images in one request"
+            raise Problem(413, "too_many_images", detail, "send several requests") from error
+        raise Problem(400, "bad_multipart", f"the body cannot be read: {error}", SEE) from error
+    if not parser.ended:
+        raise Problem(400, "bad_multipart", "the body ends before its last boundary", SEE)
+    images = form.getlist(IMAGE_FIELD)
+    if not images or not all(isinstance(image, UploadFile) for image in images):
+        raise Problem(422, "no_image", f"no part named {IMAGE_FIELD!r} holds a file", SEE)
+    return form
 
 
 # --- images
 
 
-def open_upload(data: bytes | bytearray, index: int, limits: Limits) -> Image.Image:
+def open_upload(data: bytes, index: int, limits: Limits) -> Image.Image:
     """Return an uploaded image upright and in RGB, without metadata, as ``images.open_image`` does.
 
     Args:
@@ -197,16 +114,15 @@ def open_upload(data: bytes | bytearray, index: int, limits: Limits) -> Image.Im
     if not data:
         raise problem("is empty", "choose a file that holds an image")
     scale = f"scale it to at most {limits.pixels / 1e6:g} megapixels"
-    content = bytes(data)  # copied once and shared by the streams over it
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if not 0 < width * height <= limits.pixels:
                 raise problem(f"has {width} x {height} pixels", scale, 413)
-            if frames_exceed(image, content, limits.frames):
+            if frames_exceed(image, data, limits.frames):
                 detail = f"has more than {limits.frames} frames"
                 raise problem(detail, "reduce it to at most one frame", 413)
-            if image.format in ("JPEG", "MPO") and scans_exceed(content, MOST_SCANS):
+            if image.format in ("JPEG", "MPO") and scans_exceed(data, MOST_SCANS):
                 raise problem(f"is a JPEG of more than {MOST_SCANS} scans", "save it again")
             return open_image(image)
     except Problem:

@@ -24,10 +24,9 @@ from serving_helpers import ServeProcess, running, until
 
 from capgen_utils.apps.cli.main import main
 from capgen_utils.apps.serve.app import create_app
-from capgen_utils.apps.serve.problems import Problem
 from capgen_utils.apps.serve.protection import Budget, Limits, Protection, client_key, parse_rate
 from capgen_utils.apps.serve.queueing import Batcher
-from capgen_utils.apps.serve.schemas import Options
+from capgen_utils.apps.serve.schemas import Options, Problem
 from capgen_utils.apps.serve.served import Served, region
 from capgen_utils.apps.serve.uploads import open_upload, scans_exceed
 from capgen_utils.bundle import load_bundle, save_bundle
@@ -515,10 +514,10 @@ def test_nothing_of_an_upload_is_written_or_logged(
     logging.getLogger("httpcore").setLevel(logging.WARNING)
     secret = "secret-photograph-of-grandma"
     big = io.BytesIO()
-    Image.effect_noise((900, 900), 90).convert("RGB").save(
+    Image.effect_noise((1200, 1200), 90).convert("RGB").save(
         big, "JPEG", quality=95, comment=secret.encode()
     )
-    assert len(big.getvalue()) > 700_000, "large enough to be spooled to disk by those who do"
+    assert len(big.getvalue()) > 1_100_000, "large enough to be spooled to disk by those who do"
     files = [
         ("image", (f"{secret}.jpg", big.getvalue())),
         ("image", (f"{secret}.jpg", big.getvalue())),
