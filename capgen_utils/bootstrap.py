@@ -91,12 +91,11 @@ def missing_requirements(extra: str = "") -> list[str]:
     Args:
         extra: an extra of the package, such as ``serve``; by default the package itself.
     """
-    skipped = {_canonical(name) for name in KEPT + NOT_NEEDED}
     names = {line: re.split(r"[\s<>=!~;\[]", line)[0] for line in requirement_lines(extra)}
     return [
         line
         for line, name in names.items()
-        if _canonical(name) not in skipped and not _version(name)
+        if name.lower() not in KEPT + NOT_NEEDED and not _version(name)
     ]
 
 
@@ -148,11 +147,9 @@ def need(extra: str) -> None:
 
 def installed() -> Iterator[tuple[str, str]]:
     """Yield the name and the importable version of every installed distribution."""
-    distributions = metadata.distributions()
-    names = {_canonical(each.metadata["Name"]) for each in distributions if each.metadata["Name"]}
-    for name in sorted(names):
-        version = _version(name)
-        if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) and re.fullmatch(r"[0-9][\w.+!]*", version):
+    for name in sorted({each.metadata["Name"] or "" for each in metadata.distributions()}):
+        version = _version(name) if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) else ""
+        if re.fullmatch(r"[0-9][\w.+!]*", version):
             yield name, version
 
 
@@ -171,10 +168,6 @@ def _version(name: str) -> str:
         return metadata.version(name) or ""
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 # --- what will be used
@@ -213,14 +206,13 @@ def without_training(preset: str) -> str:
     chosen = get_preset(preset)
     shipped = take_shipped(chosen)
     missing = [model for model in chosen.models if model not in shipped]
-    lines = [f"ready without training: {', '.join(shipped)}"] if shipped else []
-    lines += [f"no captioner ships for {chosen.name}: {', '.join(missing)}"] if missing else []
-    if data_dir() != own_data_dir():
-        lines.append(
-            "your own models are never overwritten: shipped captioners, which need another "
-            f"encoder, are in {own_data_dir() / APART}"
-        )
-    return "; ".join(lines)
+    lines = {
+        f"ready without training: {', '.join(shipped)}": shipped,
+        f"no captioner ships for {chosen.name}: {', '.join(missing)}": missing,
+        "your own models are never overwritten: shipped captioners, which need another encoder, "
+        f"are in {own_data_dir() / APART}": data_dir() != own_data_dir(),
+    }
+    return "; ".join(line for line, applies in lines.items() if applies)
 
 
 def describe(preset: str, name: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ import nbformat
 import pytest
 import torch
 from helpers import ROOT, need
+from packaging.utils import canonicalize_name
 
 from capgen_utils import bootstrap
 from capgen_utils.apps.authoring import stamping
@@ -263,9 +264,9 @@ def test_only_what_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
         "numpy": "1.26.4",
         "Efficientnet-Lite0.PyTorch-Model": "1",
     }
-    canonical = {bootstrap._canonical(name): version for name, version in there.items()}
+    canonical = {canonicalize_name(name): version for name, version in there.items()}
     monkeypatch.setattr(
-        bootstrap, "_version", lambda name: canonical.get(bootstrap._canonical(name), "")
+        bootstrap, "_version", lambda name: canonical.get(canonicalize_name(name), "")
     )
     missing = [line.split(">=")[0] for line in bootstrap.missing_requirements()]
     assert "timm" in missing and not {

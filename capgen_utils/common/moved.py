@@ -46,7 +46,7 @@ _MODULES = {
     "recipes": "training.recipes",
     "rerank": "decoding.rerank",
     "results": "evaluation.results",
-    "scenes": "data.scenes",
+    "scenes": "data.shapes",
     "scoring": "evaluation.scoring",
     "shapes": "data.shapes",
     "shipping": "training.shipped",
@@ -58,9 +58,9 @@ _MODULES = {
 }
 # Names that went elsewhere than the rest of their module.
 _NAMES = {
-    "attention.grid_side": "vision.grid",
-    "attention.seen_box": "vision.grid",
-    "attention.upsample": "vision.grid",
+    "attention.grid_side": "vision.preprocessing",
+    "attention.seen_box": "vision.preprocessing",
+    "attention.upsample": "vision.preprocessing",
     "bpe.KINDS": "text.vocabulary",
     "bpe.fit_tokenizer": "text.vocabulary",
     "bpe.token_rows": "text.vocabulary",

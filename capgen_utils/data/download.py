@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from capgen_utils.common.files import CapGenError, atomic_path, explain_os_errors, require_space
 from capgen_utils.common.paths import data_dir
 from capgen_utils.data.layouts import FLICKR8K_IMAGES, official_split, read_flickr8k
-from capgen_utils.data.reading import folders
+from capgen_utils.data.reading import folders, safe_name
 
 ATTEMPTS = 5
 TIMEOUT = (15, 60)  # seconds to connect, and between two chunks of data
@@ -45,20 +45,17 @@ class DamagedArchiveError(CapGenError):
 # --- one file
 
 
-class _Downloader(pooch.HTTPDownloader):  # type: ignore[misc]
-    """Shows progress, and does not ask again if the server refuses to give the file."""
-
-    def __call__(self, url: str, *arguments: Any, **options: Any) -> Any:
-        try:
-            return super().__call__(url, *arguments, **options)
-        except requests.HTTPError as error:
-            status = getattr(error.response, "status_code", 500)
-            if status == 429 or status >= 500:
-                raise
-            raise CapGenError(
-                f"cannot download {url}: the server answered {status}",
-                "check the address in a browser",
-            ) from error
+def _ask(url: str, *arguments: Any) -> Any:
+    """Download with a progress bar; do not ask again if the server refuses to give the file."""
+    try:
+        return pooch.HTTPDownloader(True, CHUNK, timeout=TIMEOUT)(url, *arguments)
+    except requests.HTTPError as error:
+        status = getattr(error.response, "status_code", 500)
+        if status == 429 or status >= 500:
+            raise
+        raise CapGenError(
+            f"cannot download {url}: the server answered {status}", "check the address in a browser"
+        ) from error
 
 
 def fetch(url: str, target: Path, known_hash: str | None = None) -> Path:
@@ -76,11 +73,11 @@ def fetch(url: str, target: Path, known_hash: str | None = None) -> Path:
         CapGenError: the server refuses, every attempt failed, the hash is wrong, or the disk is
             full.
     """
-    folder, name = target.parent, target.name
-    source = pooch.Pooch(folder, "", {name: known_hash}, {name: url}, ATTEMPTS - 1)
+    name = target.name
+    source = pooch.Pooch(target.parent, "", {name: known_hash}, {name: url}, ATTEMPTS - 1)
     with explain_os_errors(target):
         try:
-            source.fetch(name, downloader=_Downloader(True, CHUNK, timeout=TIMEOUT))
+            source.fetch(name, downloader=_ask)
         except (requests.RequestException, ValueError) as error:  # ValueError: the hash is wrong
             raise CapGenError(
                 f"cannot download {url} after {ATTEMPTS} attempts: {str(error)[:300]}",
@@ -104,20 +101,19 @@ def safe_extract(archive: Path, folder: Path, limit: int = MAX_UNPACKED) -> None
         DamagedArchiveError: not a zip file, or its content is damaged.
         CapGenError: refused, or the disk is full.
     """
-    archive, folder = Path(archive), Path(folder)
     remedy = "delete it and download it again from a source that you trust"
     try:
         with zipfile.ZipFile(archive) as source:
             entries = [entry for entry in source.infolist() if _is_wanted(entry)]
-            size = _check_entries(archive, entries, limit)
+            names = [safe_name(entry.filename, archive) for entry in entries]
+            size = _checked_size(archive, entries, limit)
             require_space(folder.parent, size, f"unpacking {archive.name}")
             with atomic_path(folder) as temporary:
                 temporary.mkdir()
-                for entry in tqdm(entries, desc=f"unpacking {archive.name}", unit="file"):
-                    target = temporary / entry.filename
-                    target.parent.mkdir(parents=True, exist_ok=True)
+                for entry, name in zip(tqdm(entries, unit="file"), names, strict=True):
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                     # zipfile stops at the announced size and checks the CRC
-                    with source.open(entry) as stream, open(target, "xb") as out:
+                    with source.open(entry) as stream, open(temporary / name, "xb") as out:
                         shutil.copyfileobj(stream, out, CHUNK)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise DamagedArchiveError(
@@ -132,31 +128,29 @@ def _is_wanted(entry: zipfile.ZipInfo) -> bool:
     return not (entry.is_dir() or "__MACOSX" in path.parts or path.name.startswith("._"))
 
 
-def _check_entries(archive: Path, entries: list[zipfile.ZipInfo], limit: int) -> int:
-    """Refuse hostile entries; returns the size of all together in bytes."""
-
-    def refuse(problem: str) -> CapGenError:
-        return CapGenError(
-            f"{archive} {problem}",
-            "do not unpack it, it is hostile or damaged; download it from a source that you trust",
-        )
-
-    seen: set[str] = set()
-    for entry in entries:
-        name = entry.filename
-        parts = PurePosixPath(name).parts
-        absolute = not parts or name.startswith("/") or ":" in name
-        if absolute or ".." in parts or "\\" in name or not name.isprintable():
-            raise refuse(f"holds {name[:100]!r}, which leads out of the folder")
-        if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG) or entry.flag_bits & 1:
-            raise refuse(f"holds {name[:100]!r}, which is a link, a device or encrypted")
-        if name in seen:
-            raise refuse(f"holds {name[:100]!r} twice")
-        seen.add(name)
-    total = sum(entry.file_size for entry in entries)
-    if total > min(limit, MAX_RATIO * max(archive.stat().st_size, 10_000)):
-        raise refuse(f"would unpack to {total / 1e9:.2f} GB")
-    return total
+def _checked_size(archive: Path, entries: list[zipfile.ZipInfo], limit: int) -> int:
+    """Return the size of all entries in bytes; refuse hostile ones."""
+    names = [entry.filename for entry in entries]
+    special = [
+        entry.filename
+        for entry in entries
+        if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG) or entry.flag_bits & 1
+    ]
+    size = sum(entry.file_size for entry in entries)
+    most = min(limit, MAX_RATIO * max(archive.stat().st_size, 10_000))
+    problems = {
+        f"holds {special[:1]}, which is a link, a device or encrypted": special,
+        "holds an entry twice": len(set(names)) < len(names),
+        f"would unpack to {size / 1e9:.2f} GB": size > most,
+    }
+    for problem, present in problems.items():
+        if present:
+            raise CapGenError(
+                f"{archive} {problem}",
+                "do not unpack it, it is hostile or damaged; download it from a source that you "
+                "trust",
+            )
+    return size
 
 
 # --- Flickr8k
@@ -205,9 +199,8 @@ def _attached(kaggle_input: Path) -> Iterator[Path]:
 def download_flickr8k(target: Path | None = None, kaggle_input: Path = KAGGLE_INPUT) -> Path:
     """Return the folder of Flickr8k; download it first if needed (about 1.1 GB, no account).
 
-    Tried in order: kagglehub's public download; the GitHub release of jbrownlee/Datasets; the
-    kaggle client, if there is a key. The folder appears only after its images and captions have
-    been checked.
+    Tried in order: kagglehub's public download; the GitHub release of jbrownlee/Datasets. The
+    folder appears only after its images and captions have been checked.
 
     Args:
         target: the folder of Flickr8k; the data folder's ``flickr8k`` by default.
@@ -234,7 +227,7 @@ def download_flickr8k(target: Path | None = None, kaggle_input: Path = KAGGLE_IN
         try:
             way(target)
             return target
-        except (Exception, SystemExit) as error:  # the kaggle client exits if it finds no key
+        except Exception as error:  # kagglehub raises many types
             problem = getattr(error, "problem", f"{type(error).__name__}: {error}")
             failures.append(f"  {name}: {problem.strip()[:300]}")
     raise CapGenError(
@@ -281,37 +274,9 @@ def _by_kagglehub(target: Path) -> None:
 
 
 def _by_github(target: Path) -> None:
+    """Unpack and check beside ``target``, rename, and only then delete the archives."""
     folder = _downloads(target)
     archives = [fetch(f"{RELEASE}/{name}", folder / name, md5) for name, md5 in ARCHIVES.items()]
-    _unpack(archives, target)
-
-
-def _by_kaggle_client(target: Path) -> None:
-    keys = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle") / "kaggle.json"
-    in_environment = os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY")
-    if not in_environment and not keys.is_file():
-        raise CapGenError("no Kaggle key was found", "set KAGGLE_USERNAME and KAGGLE_KEY")
-    kaggle = importlib.import_module("kaggle")  # exits on import if it finds no key
-    folder = _downloads(target)
-    with explain_os_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    kaggle.api.dataset_download_files(HANDLE, path=str(folder), quiet=False)
-    _unpack([folder / "flickr8k.zip"], target)
-
-
-WAYS: dict[str, Callable[[Path], None]] = {
-    "kagglehub": _by_kagglehub,
-    "GitHub": _by_github,
-    "kaggle client": _by_kaggle_client,
-}
-
-
-def _downloads(target: Path) -> Path:
-    return target.parent / "downloads"
-
-
-def _unpack(archives: list[Path], target: Path) -> None:
-    """Unpack and check beside ``target``, rename, and only then delete the archives."""
     with atomic_path(target) as temporary:
         temporary.mkdir()
         for archive in archives:
@@ -323,6 +288,13 @@ def _unpack(archives: list[Path], target: Path) -> None:
         _check_complete(temporary)
     for archive in archives:
         archive.unlink(missing_ok=True)
+
+
+def _downloads(target: Path) -> Path:
+    return target.parent / "downloads"
+
+
+WAYS: dict[str, Callable[[Path], None]] = {"kagglehub": _by_kagglehub, "GitHub": _by_github}
 
 
 # --- data sets that must be fetched by hand

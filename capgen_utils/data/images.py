@@ -20,9 +20,9 @@ MAX_PIXELS = 100_000_000  # a decoded RGB image of this size takes 300 MB
 MAX_BYTES = 200_000_000
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG opens MPO, which holds two images
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _TOO_LARGE = f"scale it to at most {MAX_PIXELS // 10**6} megapixels first"
 
+_TOO_MANY_BYTES = f"is larger than {MAX_BYTES // 10**6} MB"
 _NOT_AN_IMAGE = (
     "the file is damaged or not an image: open it in a viewer, or save it again as JPEG or PNG"
 )
@@ -57,21 +57,17 @@ def open_image(source: ImageLike) -> Image.Image:
             ) from error
     path = Path(cast("str | Path", source))
     try:
-        if not stat.S_ISREG((status := path.stat()).st_mode):  # a pipe would be waited for
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
             raise CapGenError(f"{path} is not a file", "name an image file")
         if status.st_size > MAX_BYTES:
-            raise CapGenError(
-                f"{path} is larger than {MAX_BYTES // 10**6} MB", "save it smaller first"
-            )
-        return _decode(path, str(path))
-    except CapGenError:
-        raise
+            raise CapGenError(f"{path} {_TOO_MANY_BYTES}", "save it smaller first")
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise CapGenError(f"there is no file {path}", "check the path") from error
-    except Exception as error:  # Pillow's parsers raise many kinds on damaged input
-        empty = os.path.isfile(path) and path.stat().st_size == 0
-        remedy = "the file is empty: copy or download it again" if empty else _NOT_AN_IMAGE
-        raise CapGenError(f"{path} cannot be read as an image ({error})", remedy) from error
+    except (OSError, ValueError) as error:
+        raise CapGenError(f"{path} cannot be read as an image ({error})", _NOT_AN_IMAGE) from error
+    return open_bytes(content, str(path))
 
 
 def open_bytes(content: bytes | bytearray | memoryview, name: str = "the upload") -> Image.Image:
@@ -80,28 +76,24 @@ def open_bytes(content: bytes | bytearray | memoryview, name: str = "the upload"
     Raises:
         CapGenError: empty, truncated, too large, or not an image.
     """
-    if not len(content) or len(content) > MAX_BYTES:
-        size = "is empty" if not len(content) else f"is larger than {MAX_BYTES // 10**6} MB"
-        raise CapGenError(f"{name} {size}", "choose a photograph, saved smaller if need be")
-    try:
-        return _decode(io.BytesIO(content), name)
-    except CapGenError:
-        raise
-    except UnidentifiedImageError as error:  # its message names an object in memory
-        raise CapGenError(f"{name} is not an image", _NOT_AN_IMAGE) from error
-    except Exception as error:
-        raise CapGenError(f"{name} cannot be read as an image ({error})", _NOT_AN_IMAGE) from error
-
-
-def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
+    if not len(content):
+        raise CapGenError(f"{name} is empty", "the file is empty: copy or download it again")
+    if len(content) > MAX_BYTES:
+        raise CapGenError(f"{name} {_TOO_MANY_BYTES}", "save it smaller first")
     try:
         with warnings.catch_warnings():
             # MAX_PIXELS is lower than Pillow's limit
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 return _to_rgb(image, name)
+    except CapGenError:
+        raise
     except Image.DecompressionBombError as error:
         raise CapGenError(f"{name} has too many pixels ({error})", _TOO_LARGE) from error
+    except Exception as error:  # Pillow's parsers raise many kinds on damaged input
+        known = not isinstance(error, UnidentifiedImageError)  # which names an object in memory
+        reason = f"cannot be read as an image ({error})" if known else "is not an image"
+        raise CapGenError(f"{name} {reason}", _NOT_AN_IMAGE) from error
 
 
 def _to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
@@ -175,7 +167,7 @@ def find_images(
 ) -> list[Path]:
     """Expand folders to the image files in them and their subfolders; files are kept unchanged.
 
-    In a folder, a file is an image by its suffix, or else by its first bytes. Hidden files and
+    In a folder, a file is an image by its suffix, or else by its header. Hidden files and
     folders are left out, and links to folders are not followed. Names are sorted, so the order is
     the same every time.
 
@@ -208,31 +200,26 @@ def find_images(
 
 def _walk(folder: Path, refuse: Callable[[Path, str, str], None]) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
-        refuse(
-            Path(error.filename),
-            f"cannot read the folder {error.filename}: {error.strerror}",
-            "check who may read it",
-        )
+        problem = f"cannot read the folder {error.filename}: {error.strerror}"
+        refuse(Path(error.filename), problem, "check who may read it")
 
     for parent, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        shown = sorted(name for name in names if not name.startswith("."))
-        yield from (path for path in (Path(parent, name) for name in shown) if _is_image(path))
+        shown = (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+        yield from filter(_is_image, shown)
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file has the suffix or the first bytes of an image."""
+    """Whether a file has the suffix or the header of an image."""
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
-        if not os.path.isfile(path):  # opening a pipe would wait for its other end
-            return False
-        with open(path, "rb") as stream:
-            head = stream.read(12)
-    except OSError:
+        if os.path.isfile(path):  # opening a pipe would wait for its other end
+            Image.open(path, formats=FORMATS).close()
+            return True
+    except Exception:  # Pillow's parsers raise many kinds
         return False
-    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)  # many texts begin with these letters
-    return bitmap or head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+    return False
 
 
 def is_many(images: Any) -> bool:

@@ -3,8 +3,8 @@
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from capgen_utils.common.files import CapGenError, read_json
 from capgen_utils.common.paths import REPOSITORY
@@ -109,37 +109,26 @@ def _read_karpathy(
     path: Path, with_folder: bool = False
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return captions and split by image from one of Karpathy's JSON files."""
-    captions: dict[str, list[str]] = {}
-    splits: dict[str, str] = {}
-    for entry in _entries(path, "images"):
-        folder = f"{_text(entry, 'filepath', path)}/" if with_folder else ""
-        image = safe_name(folder + _text(entry, "filename", path), path)
-        sentences = entry.get("sentences")
-        if not isinstance(sentences, list) or not all(isinstance(s, dict) for s in sentences):
-            raise _damaged(path, f"{image} has no list of sentences")
-        split = _text(entry, "split", path)
-        captions[image] = [_text(sentence, "raw", path) for sentence in sentences]
-        splits[image] = ALIASES.get(split, split)
+    captions, splits = {}, {}
+    with _explained(path):
+        for entry in read_json(path, "download the file again")["images"]:
+            folder = f"{entry['filepath']}/" if with_folder else ""
+            image = safe_name(folder + entry["filename"], path)
+            captions[image] = [str.strip(sentence["raw"]) for sentence in entry["sentences"]]
+            splits[image] = ALIASES.get(entry["split"], entry["split"])
     return captions, splits
 
 
-def _damaged(path: Path, problem: str) -> CapGenError:
-    return CapGenError(f"{path}: {problem}", "it is damaged or another file: download it again")
-
-
-def _entries(path: Path, key: str) -> list[dict[str, Any]]:
-    values = read_json(path, "download the file again")
-    entries = values.get(key) if isinstance(values, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise _damaged(path, f"there is no list of objects under {key!r}")
-    return entries
-
-
-def _text(entry: dict[str, Any], key: str, path: Path) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str):
-        raise _damaged(path, f"an entry has no text under {key!r}")
-    return value
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the errors of reading values of another form into one that names the file."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CapGenError(
+            f"{path} has another form than expected ({error!r})",
+            "it is damaged or another file: download it again",
+        ) from error
 
 
 def read_coco(root: Path) -> Manifest:
@@ -159,9 +148,7 @@ def read_coco(root: Path) -> Manifest:
     captions, splits = {}, {}
     for folder in ("train2017", "val2017"):
         annotations = find_file(root, (f"captions_{folder}.json",))
-        if annotations is None:
-            continue
-        annotated = _read_annotations(annotations, folder)
+        annotated = _read_annotations(annotations, folder) if annotations else {}
         captions |= annotated
         if folder == "train2017":
             splits |= seeded_split(annotated, dev=min(5000, len(annotated) // 10), test=0)
@@ -183,18 +170,11 @@ def _coco_images(root: Path, folders: tuple[str, ...]) -> set[str]:
 
 def _read_annotations(path: Path, folder: str) -> dict[str, list[str]]:
     """Return captions by ``folder/file`` from one of COCO's own annotation files."""
-    names: dict[Any, str] = {}
-    for entry in _entries(path, "images"):
-        if not isinstance(entry.get("id"), int):
-            raise _damaged(path, "an image has no whole number under 'id'")
-        names[entry["id"]] = safe_name(f"{folder}/{_text(entry, 'file_name', path)}", path)
-    captions: dict[str, list[str]] = {}
-    for entry in _entries(path, "annotations"):
-        image = entry.get("image_id")
-        if not isinstance(image, int) or image not in names:
-            raise _damaged(path, f"a caption belongs to the image {image!r}, which is not listed")
-        captions.setdefault(names[image], []).append(_text(entry, "caption", path))
-    return captions
+    with _explained(path):
+        value = read_json(path, "download the file again")
+        names = {i["id"]: safe_name(f"{folder}/{i['file_name']}", path) for i in value["images"]}
+        rows = [(names[row["image_id"]], str.strip(row["caption"])) for row in value["annotations"]]
+    return group(rows)
 
 
 def read_folder(root: Path) -> Manifest:
@@ -223,12 +203,8 @@ def read_folder(root: Path) -> Manifest:
     files = list_images(root, depth=4)
     # a file name may contain é as one character or as two
     composed = {unicodedata.normalize("NFC", name): name for name in files}
-    images = []
-    for row in rows:
-        name = safe_name(row["image"], path)
-        images.append(
-            name if name in files else composed.get(unicodedata.normalize("NFC", name), name)
-        )
+    names = [safe_name(row["image"], path) for row in rows]
+    images = [n if n in files else composed.get(unicodedata.normalize("NFC", n), n) for n in names]
     captions = group(zip(images, (row["caption"] for row in rows), strict=True))
     if rows and "split" in rows[0]:
         splits = _split_column(path, images, [row["split"] for row in rows])

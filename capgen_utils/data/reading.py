@@ -22,7 +22,7 @@ SHORT_CAPTIONS = "captions under three words (kept)"
 
 
 def safe_name(name: str, source: Path) -> str:
-    """Return an image name from a captions file as a relative path with forward slashes.
+    """Return a name from a captions file or an archive as a relative path with forward slashes.
 
     Raises:
         CapGenError: it is empty, absolute, or leads out of the folder; names ``source``.
@@ -32,9 +32,8 @@ def safe_name(name: str, source: Path) -> str:
     absolute = not parts or parts[0] == "/" or re.match(r"[A-Za-z]:", name)
     if absolute or ".." in parts or not name.isprintable():
         raise CapGenError(
-            f"{source} names the image {name[:100]!r}, "
-            "which is not a file name inside the data folder",
-            "give the image's name relative to the folder of images",
+            f"{source} holds {name[:100]!r}, which is not a file name inside the folder",
+            "give file names relative to the folder; never unpack such an archive",
         )
     return "/".join(parts)
 
@@ -228,16 +227,13 @@ def assemble(
         else:
             report[NO_CAPTIONS] += 1
     report[NO_CAPTIONS] += len(files - set(captions))
+    left_out = {reason: count for reason, count in report.items() if count}
     if not items:
-        counts = (
-            ", ".join(f"{reason}: {count}" for reason, count in report.items() if count)
-            or "no captions at all"
-        )
+        counts = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
         raise CapGenError(
-            f"{root} holds no image with both a caption and a split ({counts})",
+            f"{root} holds no image with both a caption and a split "
+            f"({counts or 'no captions at all'})",
             "check that the captions file names the image files that are there",
         )
     items.sort(key=lambda item: (SPLITS.index(item.split), item.image))
-    return Manifest(
-        name, Path(root), tuple(items), {reason: count for reason, count in report.items() if count}
-    )
+    return Manifest(name, Path(root), tuple(items), left_out)

@@ -1,17 +1,21 @@
-"""A generated data set: scenes of coloured shapes, true captions, and their judge (notebook 01).
+"""A generated data set: scenes of one to three coloured shapes and true captions (notebook 01).
 
 Every scene is kept, so any caption can be checked for truth, and any attention map against the
 position of the object. The scenes only serve to judge; nothing is ever trained on them.
 """
 
 import csv
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from itertools import permutations
+from dataclasses import asdict, dataclass
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from capgen_utils.common.files import (
@@ -22,42 +26,141 @@ from capgen_utils.common.files import (
     require_space,
     write_json,
 )
-from capgen_utils.data.scenes import (
-    COLOURS,
-    HELD_OUT,
-    IMAGE_SIZE,
-    SHAPES,
-    SIZES,
-    Scene,
-    ShapeObject,
-    draw,
-    make_scene,
-    relation_between,
-)
 
-__all__ = [
-    "COLOURS",
-    "HELD_OUT",
-    "IMAGE_SIZE",
-    "SHAPES",
-    "SIZES",
-    "Mention",
-    "Scene",
-    "ShapeObject",
-    "Statement",
-    "describe",
-    "draw",
-    "generate",
-    "is_true",
-    "judge",
-    "load_scenes",
-    "make_scene",
-    "parse",
-    "relation_between",
-    "relation_is_right",
-    "scenes_file",
-    "version",
-]
+IMAGE_SIZE = 64
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (218, 40, 40),
+    "yellow": (242, 208, 38),
+    "green": (52, 158, 58),
+    "cyan": (62, 204, 214),
+    "blue": (44, 76, 208),
+    "purple": (158, 52, 186),
+}
+
+SHAPES = ("circle", "square", "triangle", "star")
+SIZES = {"small": (15, 18), "large": (24, 28)}  # side of the box in pixels, both ends included
+HELD_OUT = frozenset({("red", "star"), ("blue", "triangle"), ("yellow", "square")})
+OBJECT_COUNTS, OBJECT_WEIGHTS = (1, 2, 3), (0.35, 0.55, 0.1)
+
+CLEARER = 1.6  # minimal ratio of a pair's offsets along and across their relation
+GAP = 3  # pixels between the boxes of a pair, along the relation
+
+
+@dataclass(frozen=True)
+class ShapeObject:
+    """One drawn shape; ``box`` is (x0, y0, x1, y1) in pixels, x1 and y1 excluded."""
+
+    colour: str
+    shape: str
+    size: str
+    box: tuple[int, int, int, int]
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """The middle of the box, (x, y) in pixels."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if a value read from a file is none of an object."""
+        names = (self.colour, list(COLOURS)), (self.shape, SHAPES), (self.size, list(SIZES))
+        unknown = [name for name, known in names if name not in known]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not a colour, shape or size")
+        whole = len(self.box) == 4 and all(type(edge) is int for edge in self.box)
+        if not whole or not all(
+            0 <= low < high <= IMAGE_SIZE for low, high in zip(self.box, self.box[2:], strict=False)
+        ):
+            raise ValueError(f"the box {self.box} is not four whole numbers inside the image")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The objects of one image; ``novel`` if a colour-shape pair never occurs in train and dev."""
+
+    objects: tuple[ShapeObject, ...]
+    novel: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the scene as values that JSON can hold."""
+        return {
+            "objects": [asdict(o) | {"box": list(o.box)} for o in self.objects],
+            "novel": self.novel,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Scene":
+        """Rebuild a scene from ``to_dict``'s values.
+
+        Raises:
+            ValueError: something is missing, of the wrong type, or names no known colour, shape or
+                size.
+        """
+        try:
+            objects = tuple(
+                ShapeObject(**{**thing, "box": tuple(thing["box"])}) for thing in values["objects"]
+            )
+            novel = values["novel"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                "a scene has the keys objects and novel, an object colour, shape, size and box"
+            ) from error
+        if not isinstance(novel, bool) or len(objects) not in OBJECT_COUNTS:
+            raise ValueError("objects is a list of one to three, novel is true or false")
+        for thing in objects:
+            thing.check()
+        return cls(objects, novel)
+
+
+def relation_between(first: ShapeObject, second: ShapeObject) -> str:
+    """Return the relation of ``first`` to ``second``, along the larger offset of their centres."""
+    dx = first.centre[0] - second.centre[0]
+    dy = first.centre[1] - second.centre[1]
+    if abs(dx) >= abs(dy):
+        return "left" if dx < 0 else "right"
+    return "above" if dy < 0 else "below"
+
+
+def _clearly_apart(first: ShapeObject, second: ShapeObject) -> bool:
+    """Whether the relation is unambiguous: far apart on one axis, close on the other."""
+    offsets = [abs(a - b) for a, b in zip(first.centre, second.centre, strict=True)]
+    axis = 0 if offsets[0] >= offsets[1] else 1
+    low, high = (first, second) if first.centre[axis] < second.centre[axis] else (second, first)
+    return (
+        offsets[axis] >= CLEARER * offsets[1 - axis] and high.box[axis] - low.box[axis + 2] >= GAP
+    )
+
+
+def _place(pairs: Sequence[tuple[str, str]], rng: random.Random) -> tuple[ShapeObject, ...]:
+    """Give each colour-shape pair a size and position so that all relations are unambiguous."""
+    while True:
+        objects = []
+        for colour, shape in pairs:
+            size = rng.choice(list(SIZES))
+            side = rng.randint(*SIZES[size])
+            x, y = (rng.randint(2, IMAGE_SIZE - 2 - side) for _ in range(2))
+            objects.append(ShapeObject(colour, shape, size, (x, y, x + side, y + side)))
+        if all(_clearly_apart(a, b) for a, b in combinations(objects, 2)):
+            return tuple(objects)
+
+
+def make_scene(rng: random.Random, novel: bool = False) -> Scene:
+    """Return a scene of one to three objects; no two share a colour or a shape.
+
+    Args:
+        rng: the only source of randomness.
+        novel: put exactly one held-out colour-shape pair into the scene; otherwise it holds none.
+    """
+    count = rng.choices(OBJECT_COUNTS, OBJECT_WEIGHTS)[0]
+    while True:
+        colours, shapes = rng.sample(list(COLOURS), count), rng.sample(SHAPES, count)
+        pairs = list(zip(colours, shapes, strict=True))
+        if len(HELD_OUT.intersection(pairs)) == int(novel):
+            break
+    return Scene(_place(pairs, rng), novel)
+
+
+# --- captions
 
 VERSION = 4  # in the data folder's name: raise it when the same seed gives other data
 CAPTIONS_PER_IMAGE = 5
@@ -79,9 +182,6 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 INTRODUCTIONS = ("there is", "here is", "the picture shows", "we see")
 
 
-# --- captions
-
-
 def _noun_phrase(thing: ShapeObject, rng: random.Random) -> str:
     size = f"{thing.size} " if rng.random() < 0.3 else ""
     return f"a {size}{thing.colour} {thing.shape}"
@@ -98,20 +198,14 @@ def _say_one(thing: ShapeObject, rng: random.Random) -> str:
 
 
 def _say_pair(first: ShapeObject, second: ShapeObject, rng: random.Random) -> str:
-    one, two = _noun_phrase(first, rng), _noun_phrase(second, rng)
+    one, two, form = _noun_phrase(first, rng), _noun_phrase(second, rng), rng.randrange(5)
     relation = relation_between(first, second)
-    form = rng.randrange(5)
     if form == 0:
         return f"{one} with {two} {TRAILING[OPPOSITE[relation]]}"
     words = RELATIONS[relation][0]
     if form == 1:
         return f"{rng.choice(INTRODUCTIONS)} {one} {words} {two}"
     return f"{one} is {words} {two}" if form < 4 else f"{one} {words} {two}"
-
-
-def _say_three(things: Sequence[ShapeObject], rng: random.Random) -> str:
-    first, second, third = things
-    return f"{_say_pair(first, second, rng)}, and there is {_noun_phrase(third, rng)}"
 
 
 def describe(scene: Scene, rng: random.Random) -> tuple[str, ...]:
@@ -128,7 +222,8 @@ def describe(scene: Scene, rng: random.Random) -> tuple[str, ...]:
         elif len(things) == 2 or rng.random() < 0.5:
             caption = _say_pair(things[0], things[1], rng)
         else:
-            caption = _say_three(things[:3], rng)
+            pair = _say_pair(things[0], things[1], rng)
+            caption = f"{pair}, and there is {_noun_phrase(things[2], rng)}"
         if caption not in captions or attempt >= 40:
             captions.append(caption)
         if len(captions) == CAPTIONS_PER_IMAGE:
@@ -299,6 +394,55 @@ def judge(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -> dict[str,
     }
     scores = {name: sum(values) / len(values) for name, values in shares.items() if values}
     return scores | {"distinct": float(len(set(captions.values())))}
+
+
+# --- drawing
+
+SUPERSAMPLING = 4
+
+
+def _outline(shape: str, turn: float) -> np.ndarray:
+    """Return the corners (n, 2) of a shape, rotated by ``turn`` radians, in the unit square."""
+    corners = {"circle": 48, "square": 4, "triangle": 3, "star": 10}[shape]
+    start = math.pi / 4 if shape == "square" else -math.pi / 2
+    angles = start + turn + 2 * math.pi * np.arange(corners) / corners
+    radius = np.where(np.arange(corners) % 2, 0.42, 1.0) if shape == "star" else np.ones(corners)
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radius[:, None]
+    low, high = points.min(axis=0), points.max(axis=0)
+    return (points - low) / (high - low)
+
+
+def _background(rng: random.Random) -> np.ndarray:
+    """Return a greyish background (64, 64, 3) in 0..255: light or dark, tinted, with a slope."""
+    grey = rng.uniform(165, 235) if rng.random() < 0.6 else rng.uniform(25, 70)
+    tint = np.array([rng.uniform(-8, 8) for _ in range(3)])
+    slope_x, slope_y = rng.uniform(-18, 18), rng.uniform(-18, 18)
+    steps = np.linspace(-0.5, 0.5, IMAGE_SIZE)
+    ramp = slope_x * steps[None, :, None] + slope_y * steps[:, None, None]
+    return np.asarray(np.clip(grey + tint + ramp, 0, 255))
+
+
+def draw(scene: Scene, seed: int | str) -> Image.Image:
+    """Draw a scene: RGB, 64 x 64, edges anti-aliased; the same seed gives the same pixels.
+
+    ``seed`` determines what no caption mentions: background, shade, a slight rotation, noise.
+    """
+    rng = random.Random(f"draw {seed}")
+    ground = Image.fromarray(_background(rng).astype(np.uint8))
+    canvas = ground.resize((IMAGE_SIZE * SUPERSAMPLING,) * 2, Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(canvas)
+    for thing in scene.objects:
+        x0, y0, x1, y1 = thing.box
+        extent = np.array([x1 - x0, y1 - y0]) * SUPERSAMPLING - 1  # Pillow fills the last pixel too
+        outline = _outline(thing.shape, rng.uniform(-0.15, 0.15))
+        points = outline * extent + np.array([x0, y0]) * SUPERSAMPLING
+        shade = tuple(max(0, min(255, v + rng.randint(-14, 14))) for v in COLOURS[thing.colour])
+        pen.polygon([(float(x), float(y)) for x, y in points], fill=shade)
+    small = canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    pixels = np.asarray(small, dtype=np.float32)
+    # bytes of Random, since numpy's distributions may differ from version to version
+    noise = np.frombuffer(rng.randbytes(pixels.size), dtype=np.uint8).reshape(pixels.shape)
+    return Image.fromarray(np.clip(pixels + (noise / 255.0 - 0.5) * 20, 0, 255).astype(np.uint8))
 
 
 # --- files

@@ -15,8 +15,7 @@ from capgen_utils.decoding.captions import NextWord
 from capgen_utils.decoding.logits import allowed
 from capgen_utils.decoding.run import word_attention
 from capgen_utils.text.words import Tokenizer
-from capgen_utils.vision.grid import grid_side, upsample
-from capgen_utils.vision.preprocessing import Preprocessing
+from capgen_utils.vision.preprocessing import Preprocessing, grid_side, upsample
 
 MEAN, ROLLOUT = "mean", "rollout"
 

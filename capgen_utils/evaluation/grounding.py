@@ -14,15 +14,22 @@ from capgen_utils.captioner import Captioner
 from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import ImageLike, open_image
 from capgen_utils.data.manifest import Manifest
-from capgen_utils.data.scenes import COLOURS, SHAPES, Scene, ShapeObject
-from capgen_utils.data.shapes import is_true, load_scenes, scenes_file
+from capgen_utils.data.shapes import (
+    COLOURS,
+    SHAPES,
+    Scene,
+    ShapeObject,
+    is_true,
+    load_scenes,
+    scenes_file,
+)
 from capgen_utils.decoding.logits import log_probabilities
 from capgen_utils.decoding.run import image_key
 from capgen_utils.evaluation.attention import MEAN, ROLLOUT, CaptionMaps, caption_maps
 from capgen_utils.evaluation.metrics import mean_interval
 from capgen_utils.evaluation.metrics.resampling import INTERVALS
 from capgen_utils.evaluation.results import protocol, with_facts
-from capgen_utils.vision.grid import grid_side
+from capgen_utils.vision.preprocessing import grid_side
 
 KINDS = {"colour": tuple(COLOURS), "shape": SHAPES}  # words that name an object of a scene
 

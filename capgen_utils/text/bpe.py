@@ -1,6 +1,10 @@
 """CLIP's and GPT-2's byte-level byte-pair tokenizers, whole or trimmed (notebooks 06 and 07)."""
 
+import functools
+import gzip
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +12,12 @@ import regex
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from capgen_utils.common.files import CapGenError
-from capgen_utils.text.bpe_tables import (
-    Family,
-    Merge,
-    byte_symbols,
-    find_family,
-    load_merges,
-    published_tokens,
-)
+from capgen_utils.common.files import CapGenError, read_json
 from capgen_utils.text.ptb import join_words, tokenise
 from capgen_utils.text.words import Tokenizer
 
-MAX_TOKEN_LENGTH = 256  # characters; the longest published token has 128
+TABLES = Path(__file__).parent / "tables"
+MAX_BYTES = 20_000_000  # the largest published file holds 3 MB
 PAD_BYTE = 0xFF
 _NO_TEXT = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that no UTF-8 text contains
 _CLIP_WORDS = tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
@@ -41,6 +38,70 @@ _INNER_GAPS = regex.compile(
 )
 
 
+Merge = tuple[str, str]
+
+
+def byte_symbols() -> dict[int, str]:
+    """Return the printable character that stands for each byte, in the order of the published ids.
+
+    Bytes that Latin-1 prints stand for themselves. The others, in rising order, are written from
+    U+0100 on.
+    """
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    printed += range(ord("®"), ord("ÿ") + 1)
+    others = sorted(set(range(256)) - set(printed))
+    symbols = [*map(chr, printed), *(chr(256 + i) for i in range(len(others)))]
+    return dict(zip([*printed, *others], symbols, strict=True))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published byte-pair encoding (arXiv 1508.07909, on bytes as in the GPT-2 paper).
+
+    The merges define the whole table: ids number the single symbols, then the merges by rank, then
+    the special tokens.
+
+    Attributes:
+        title: used in messages.
+        file: the merges in ``TABLES``; the file may hold unused ones at its end.
+        size: number of merges.
+        specials: the tokens before and after a text, by id. GPT-2 has only one, which separates
+            documents.
+        suffix: marks the last symbol of a word; empty if a leading space marks the first instead.
+    """
+
+    title: str
+    file: str
+    size: int
+    specials: tuple[str, ...]
+    suffix: str
+
+    @functools.cached_property
+    def merges(self) -> list[Merge]:
+        """The merges by rank."""
+        content = (TABLES / self.file).read_bytes()
+        text = (gzip.decompress(content) if self.file.endswith(".gz") else content).decode()
+        lines = text.split("\n")[1 : self.size + 1]  # without "#version"
+        return [(first, second) for first, second in map(str.split, lines)]
+
+    @functools.cached_property
+    def singles(self) -> list[str]:
+        """The tokens of one byte by id: without the suffix, then with it if there is one."""
+        ends = ("", self.suffix) if self.suffix else ("",)
+        return [symbol + end for end in ends for symbol in byte_symbols().values()]
+
+    @functools.cached_property
+    def tokens(self) -> list[str]:
+        """All tokens by id."""
+        return [*self.singles, *map("".join, self.merges), *self.specials]
+
+
+FAMILIES = {
+    "clip": Family("CLIP", "clip.txt.gz", 48_894, ("<|startoftext|>", "<|endoftext|>"), "</w>"),
+    "gpt2": Family("GPT-2", "gpt2.bpe", 50_000, ("<|endoftext|>",), ""),
+}
+
+
 class BpeTokenizer(Tokenizer):
     """A published byte-pair table, or the part of it that the training captions use.
 
@@ -51,46 +112,52 @@ class BpeTokenizer(Tokenizer):
 
     Args:
         family: ``clip`` or ``gpt2``.
-        tokens: the kept tokens in the order of their published ids, written in byte symbols.
-        original_ids: their published ids, rising.
-        merges: by rank, those that lead to a kept token; each of these has exactly one.
+        original_ids: the published ids of the kept tokens, rising; by default all.
         clean: encode the words of ``tokenise`` rather than the raw text.
 
     Attributes:
-        family, clean, merges: see above.
-        tokens: see above; a model has one row for each.
+        family, clean: see above.
         original_ids: row -> published id, by which rows of published embeddings are copied.
+        tokens: the kept tokens in byte symbols; a model has one row for each.
+        merges: by rank, those that lead to a kept token.
 
     Raises:
-        CapGenError: the values do not fit together.
+        CapGenError: there is no such family, or these are not the ids of such a table.
     """
 
     kind = "bpe"
 
     def __init__(
-        self,
-        family: str,
-        tokens: Sequence[str],
-        original_ids: Sequence[int],
-        merges: Sequence[Merge],
-        clean: bool = True,
+        self, family: str, original_ids: Iterable[int] | None = None, clean: bool = True
     ) -> None:
-        table = find_family(family)
-        _check_tokens(table, tokens, original_ids)
-        _check_merges(table, tokens, merges)
-        self._table, self.family, self.clean = table, family, clean
-        self.tokens, self.original_ids, self.merges = list(tokens), list(original_ids), list(merges)
-        rows = {token: row for row, token in enumerate(tokens)}
+        if not isinstance(family, str) or family not in FAMILIES:
+            raise CapGenError(
+                f"there is no byte-pair family {family!r}", f"choose one of: {', '.join(FAMILIES)}"
+            )
+        self._table = table = FAMILIES[family]
+        self.family, self.clean = family, bool(clean)
+        every = range(len(table.tokens))
+        self.original_ids = list(map(int, every if original_ids is None else original_ids))
+        ids, always = set(self.original_ids), {*every[: len(table.singles)]}
+        always |= {*every[-len(table.specials) :]}
+        if self.original_ids != sorted(ids) or not always <= ids <= set(every):
+            raise _damaged("ids do not rise, are unknown, or are missing")
+        self.tokens = [table.tokens[i] for i in self.original_ids]
+        self.merges = _needed(self.tokens, table.merges)
+        rows = {token: row for row, token in enumerate(self.tokens)}
         symbols = byte_symbols()
-        self.start_id, self.end_id = rows[table.start], rows[table.end]
+        self.start_id, self.end_id = rows[table.specials[0]], rows[table.specials[-1]]
         self.pad_id = rows[symbols[PAD_BYTE]]
         banned = {rows[symbols[byte] + end] for byte in _NO_TEXT for end in ("", table.suffix)}
         banned |= {self.pad_id, self.start_id} - {self.end_id}
         self.banned_ids = tuple(sorted(banned))
-        self._split = _split_tokens(rows, merges)
-        self._bpe = _library_tokenizer(table, rows, merges, self._split)
+        # token -> its row, or the rows of its parts if merges only pass through it
+        self._rows = {token: [row] for token, row in rows.items() if token not in table.specials}
+        for first, second in self.merges:
+            self._rows.setdefault(first + second, self._rows[first] + self._rows[second])
+        self._bpe = _library_tokenizer(table, self._rows, self.merges)
         byte_of = {symbol: byte for byte, symbol in symbols.items()}
-        texts = ["" if t in table.specials else t.removesuffix(table.suffix) for t in tokens]
+        texts = ["" if t in table.specials else t.removesuffix(table.suffix) for t in self.tokens]
         self._bytes = [bytes(byte_of[symbol] for symbol in text) for text in texts]
 
     @classmethod
@@ -99,15 +166,16 @@ class BpeTokenizer(Tokenizer):
 
         Args:
             family: ``clip`` or ``gpt2``.
-            folder: a model whose table must be the published one; see ``bpe_tables.load_merges``.
+            folder: a model whose table must be the published one; see ``require_published``.
             clean: see ``BpeTokenizer``.
 
         Raises:
             CapGenError: there is no such family, or the folder holds another table.
         """
-        table = find_family(family)
-        merges = load_merges(table, folder)
-        return cls(family, published_tokens(table, merges), range(table.size), merges, clean)
+        tokenizer = cls(family, clean=clean)
+        if folder is not None:
+            require_published(FAMILIES[family], folder)
+        return tokenizer
 
     @classmethod
     def fit(cls, captions: Iterable[str], family: str, clean: bool = True) -> "BpeTokenizer":
@@ -129,31 +197,25 @@ class BpeTokenizer(Tokenizer):
                 "the training captions hold no text",
                 "check that the captions file is the right one",
             )
-        rows = sorted({*used, *range(len(self._table.singles)), self.start_id, self.end_id})
-        tokens = [self.tokens[row] for row in rows]
-        ids = [self.original_ids[row] for row in rows]
-        return BpeTokenizer(self.family, tokens, ids, _needed(tokens, self.merges), self.clean)
+        always = {*range(len(self._table.singles)), self.start_id, self.end_id}
+        ids = [self.original_ids[row] for row in sorted(used | always)]
+        return BpeTokenizer(self.family, ids, self.clean)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "BpeTokenizer":
-        """Rebuild a tokenizer from ``to_json`` alone.
+        """Rebuild a tokenizer from ``to_json``.
 
         Raises:
-            CapGenError: wrong types, or values that do not fit together.
+            CapGenError: the file holds anything but a part of a published table.
         """
-        kinds = {"tokens": str, "original_ids": int, "merges": str}
-        for key, kind in kinds.items():
-            items = value.get(key)
-            # ``True`` is an int for isinstance
-            if not isinstance(items, list) or any(type(item) is not kind for item in items):
-                raise _refuse(f"{key} is missing, or of the wrong type")
-        if not isinstance(value.get("clean"), bool) or not isinstance(value.get("family"), str):
-            raise _refuse("family or clean are missing, or of the wrong type")
-        merges = [line.split(" ") for line in value["merges"]]
-        if any(len(merge) != 2 for merge in merges):
-            raise _refuse("a merge does not have two parts")
-        pairs = [(first, second) for first, second in merges]
-        return cls(value["family"], value["tokens"], value["original_ids"], pairs, value["clean"])
+        try:
+            tokenizer = cls(value["family"], value["original_ids"], value["clean"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise _damaged(str(error)) from error
+        # compared as text, because ``True == 1``
+        if json.dumps(tokenizer.to_json(), sort_keys=True) != json.dumps(value, sort_keys=True):
+            raise _damaged(f"its tokens or merges are not {tokenizer._table.title}'s")
+        return tokenizer
 
     def __len__(self) -> int:
         """Return the number of kept tokens, special ones included."""
@@ -170,9 +232,8 @@ class BpeTokenizer(Tokenizer):
 
     def encode(self, caption: str, max_length: int | None = None) -> list[int]:
         """See ``Tokenizer.encode``; a longer caption loses tokens, so its last word may be cut."""
-        rows: list[int] = []
-        for i in self._bpe.encode(self._text(caption), add_special_tokens=False).ids:
-            rows += self._split.get(i, [i])
+        tokens = self._bpe.encode(self._text(caption), add_special_tokens=False).tokens
+        rows = [row for token in tokens for row in self._rows[token]]
         if max_length is not None:
             rows = rows[: max(max_length - 2, 0)]
         return [self.start_id, *rows, self.end_id]
@@ -221,9 +282,6 @@ class BpeTokenizer(Tokenizer):
         }
 
 
-# --- from tables to the library's tokenizer
-
-
 def _needed(tokens: Iterable[str], merges: Sequence[Merge]) -> list[Merge]:
     """Return the merges that lead to ``tokens``, by rank.
 
@@ -238,27 +296,11 @@ def _needed(tokens: Iterable[str], merges: Sequence[Merge]) -> list[Merge]:
     return needed[::-1]
 
 
-def _split_tokens(rows: Mapping[str, int], merges: Iterable[Merge]) -> dict[int, list[int]]:
-    """Return the rows that replace each token that merges pass through but that was not kept.
-
-    Their ids follow the rows, in the order of the merges.
-    """
-    parts = {token: [row] for token, row in rows.items()}
-    split: dict[int, list[int]] = {}
-    for first, second in merges:
-        if first + second not in parts:
-            parts[first + second] = parts[first] + parts[second]
-            split[len(rows) + len(split)] = parts[first + second]
-    return split
-
-
 def _library_tokenizer(
-    family: Family, rows: Mapping[str, int], merges: Sequence[Merge], split: Iterable[int]
+    family: Family, known: Iterable[str], merges: Sequence[Merge]
 ) -> tokenizers.Tokenizer:
     """Return the library's tokenizer; it lacks the special tokens, so no caption can spell one."""
-    passing = (token for token in map("".join, merges) if token not in rows)
-    vocabulary = {token: row for token, row in rows.items() if token not in family.specials}
-    vocabulary |= dict(zip(passing, split, strict=True))
+    vocabulary = {token: i for i, token in enumerate(known)}
     built = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=list(merges), end_of_word_suffix=family.suffix)
     )
@@ -273,48 +315,43 @@ def _library_tokenizer(
     return built
 
 
-# --- checks of values from a file
-
-
-def _refuse(problem: str) -> CapGenError:
+def _damaged(problem: str) -> CapGenError:
     return CapGenError(
         f"this is no byte-pair tokenizer: {problem}",
         "the tokenizer file is damaged: get the bundle again",
     )
 
 
-def _check_tokens(family: Family, tokens: Sequence[str], ids: Sequence[int]) -> None:
-    """Refuse tokens other than the single bytes, some merged tokens, and the special tokens."""
-    if len(tokens) != len(ids) or len(tokens) > family.size:
-        raise _refuse(f"{len(tokens)} tokens and {len(ids)} ids, of at most {family.size}")
-    longest = max(map(len, tokens), default=0)
-    if len(set(tokens)) != len(tokens) or longest > MAX_TOKEN_LENGTH:
-        raise _refuse("a token occurs twice, or is too long")
-    first, last = len(family.singles), len(family.specials)
-    published = [*range(first), *range(family.size - last, family.size)]
-    if len(tokens) < first + last or (
-        [*tokens[:first], *tokens[-last:]] != [*family.singles, *family.specials]
-        or [*ids[:first], *ids[-last:]] != published
-    ):
-        raise _refuse("special tokens or single bytes are missing or misplaced")
-    if any(low >= high for low, high in zip(ids, ids[1:], strict=False)):
-        raise _refuse("the published ids do not rise")
+def require_published(family: Family, folder: Path) -> None:
+    """Refuse a model's folder whose byte-pair table is not the published one.
 
+    Args:
+        family: the table.
+        folder: in the hub's layout: merges.txt with vocab.json, or tokenizer.json.
 
-def _check_merges(family: Family, tokens: Sequence[str], merges: Sequence[Merge]) -> None:
-    """Refuse merges that do not build exactly the tokens, each once, from known parts."""
-    if len(merges) > family.merges:
-        raise _refuse(f"{len(merges)} merges, of at most {family.merges}")
-    known = set(family.singles)
-    for first, second in merges:
-        if first not in known or second not in known:
-            raise _refuse(f"the merge {first!r} {second!r} uses an unknown token")
-        if first + second in known or len(first + second) > MAX_TOKEN_LENGTH:
-            raise _refuse(f"the merge {first!r} {second!r} builds a token twice, or a too long one")
-        known.add(first + second)
-    built = tokens[len(family.singles) : len(tokens) - len(family.specials)]
-    kept = set(built)
-    if kept - known or len(_needed(built, merges)) != len(merges):
-        raise _refuse("merges are missing, or lead to no token")
-    if [token for token in map("".join, merges) if token in kept] != list(built):
-        raise _refuse("merges and tokens are in different orders")
+    Raises:
+        CapGenError: the folder holds no table, or another one.
+    """
+    paths = [folder / name for name in ("merges.txt", "vocab.json", "tokenizer.json")]
+    merges, vocabulary, together = paths
+    remedy = (
+        f"use a folder with {family.title}'s own tokenizer files, or remove them: CapGen has it"
+    )
+    published = {token: i for i, token in enumerate(family.tokens)}
+    try:
+        if any(path.is_file() and path.stat().st_size > MAX_BYTES for path in paths):
+            raise ValueError("a file is too large")
+        if merges.is_file():
+            lines: list[Any] = merges.read_text(encoding="utf-8").split("\n")
+            lines = lines["#version" in lines[0] :]
+            ids = read_json(vocabulary, remedy) if vocabulary.is_file() else published
+        else:
+            model = read_json(together, remedy)["model"]
+            lines, ids = model["merges"], model.get("vocab", published)
+        pairs = [tuple(m.split() if isinstance(m, str) else m) for m in lines[: family.size]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CapGenError(f"cannot read the tokenizer in {folder}: {error}", remedy) from error
+    if pairs != family.merges or ids != published:
+        raise CapGenError(
+            f"{folder} does not hold the table that {family.title} was published with", remedy
+        )

@@ -207,7 +207,7 @@ def make_trainer(
     torch.manual_seed(training.seed)
     shape = encoder.outputs.get(kind.feature_of(config))
     expected = recipe.encoder, recipe.tokenizer, shape
-    made = prepared.recipe.encoder, prepared.recipe.tokenizer, prepared.data.plain.shape
+    made = prepared.recipe.encoder, prepared.recipe.tokenizer, prepared.data.plain.array.shape[1:]
     if shape is None or expected != made:
         raise CapGenError(
             f"the prepared data does not fit {model_name}",

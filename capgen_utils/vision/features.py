@@ -1,10 +1,12 @@
 """The feature cache (notebook 02): each image is encoded once, and read back memory-mapped."""
 
+import functools
 import io
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,7 +26,6 @@ from capgen_utils.common.files import (
     read_json,
     require_space,
     write_json,
-    write_text,
 )
 from capgen_utils.common.paths import data_dir
 from capgen_utils.data.images import open_image
@@ -36,6 +38,7 @@ PREFETCH = 4  # decoded batches that may wait for the encoder
 
 # Names of images, an array with a row for each, and the unreadable ones with the reason.
 _Batch = tuple[list[str], np.ndarray, dict[str, str]]
+_Encode = Callable[[int, int], Iterator[_Batch]]  # first row, images in a batch -> batches
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,6 @@ class FeatureCache:
                 f"{self.path} holds no features of {missing[0]}", "extract the features again"
             )
         return torch.from_numpy(self.array[[self.index[name] for name in names]])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one image's features."""
-        return tuple(self.array.shape[1:])
 
 
 def encode_images(
@@ -128,10 +126,7 @@ def _files_of(manifest: Manifest) -> str:
 
 
 def _file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+    return path.stat().st_size if path.is_file() else -1
 
 
 def extract(
@@ -162,23 +157,16 @@ def extract(
     dtype = dtype or choose_dtype(device)
     key = cache_key(manifest, encoder, output, flip, dtype)
     path = cache_path(manifest, key, folder)
-    if path.with_suffix(".json").exists():
-        return open_cache(path, key)
-    folder, partial = path.parent, path.with_suffix(".partial")
-    shape = (len(manifest), *encoder.outputs[output])
-    size = 2 * int(np.prod(shape))
-    print(
-        f"features of {len(manifest)} images, {key['view']} view: {size / 1e6:.0f} MB in {folder}"
-    )
-    with explain_os_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    done = max(0, _file_size(partial))
-    require_space(folder, size - done + 2**20, "the feature cache")
-    stem = encoder.stem
-    grids = find_cache(manifest, stem, "grid", dtype, flip, folder) if stem is not None else None
-    encoder.to(device)
-    failed = _write_rows(partial, manifest, encoder, output, flip, dtype, batch_size, grids)
-    _finish(partial, path, key, manifest, shape, failed)
+    if not path.with_suffix(".json").exists():
+        encoder.to(device)
+        encode: _Encode = functools.partial(_encoded_images, manifest, encoder, output, dtype, flip)
+        stem = encoder.stem
+        grids = find_cache(manifest, stem, "grid", dtype, flip, folder) if stem else None
+        if grids is not None:
+            encode = functools.partial(_encoded_grids, grids, encoder, output)
+        shape = (len(manifest), *encoder.outputs[output])
+        failed = _write_rows(path, shape, f"{encoder.name}, {key['view']} view", encode, batch_size)
+        _finish(path, key, manifest, shape, failed)
     return open_cache(path, key)
 
 
@@ -227,9 +215,8 @@ def find_features(
         "dtype": dtype,
         "view": "plain",
         "files": _files_of(manifest),
+        **({} if output is None else {"output": output}),
     }
-    if output is not None:
-        wanted["output"] = output
     for path in sorted((folder or data_dir() / "features").glob(f"{manifest.name}-*-plain-*.json")):
         key = read_json(path, f"delete {path.with_suffix('')}.*").get("key", {})
         if all(key.get(name) == value for name, value in wanted.items()):
@@ -247,46 +234,37 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 
 def _write_rows(
-    partial: Path,
-    manifest: Manifest,
-    encoder: Encoder,
-    output: str,
-    flip: bool,
-    dtype: torch.dtype,
-    batch_size: int,
-    grids: FeatureCache | None,
+    path: Path, shape: tuple[int, ...], title: str, encode: _Encode, batch_size: int
 ) -> dict[str, str]:
-    """Append the rows that ``partial`` lacks; returns the unreadable images -> reason."""
-    shape = (len(manifest), *encoder.outputs[output])
-    header, row = _header(shape), 2 * int(np.prod(shape[1:]))
-    log = partial.with_suffix(".failed")
-    with explain_os_errors(partial), open(partial, "ab") as stream:
-        # a row that a kill cut in half is written again
-        rows = max(0, stream.tell() - len(header)) // row
-        stream.truncate(len(header) + rows * row if rows else 0)
-        if not rows:
-            stream.write(header)
-            log.unlink(missing_ok=True)
-        if grids is None:
-            decoded = _decoded(manifest, encoder, flip, rows, batch_size)
-            batches: Iterator[_Batch] = (
-                (n, encode_pixels(encoder, p, dtype)[output].numpy(), f) for n, p, f in decoded
-            )
-        else:
-            batches = _encoded_grids(grids, encoder, output, rows, batch_size)
-        with tqdm(total=len(manifest), initial=rows, unit="img", desc=encoder.name) as bar:
-            for names, features, failed in batches:
-                if failed:
-                    lines = map(json.dumps, (_read_failures(log) | failed).items())
-                    write_text(log, "".join(f"{line}\n" for line in lines))
-                for reason in failed.values():
-                    tqdm.write(f"skipped: {reason}")
-                features[[i for i, name in enumerate(names) if name in failed]] = np.nan
-                stream.write(features.tobytes())
-                bar.update(len(names))
-        stream.flush()
-        os.fsync(stream.fileno())
-    return _read_failures(log)
+    """Append the rows that the partial file lacks; returns the unreadable images -> reason."""
+    partial, log = path.with_suffix(".partial"), path.with_suffix(".failed")
+    header, row = _header(shape), 2 * math.prod(shape[1:])
+    size = len(header) + shape[0] * row
+    print(f"features of {shape[0]} images, {title}: {size / 1e6:.0f} MB in {path.parent}")
+    with explain_os_errors(partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path.parent, size - _file_size(partial) + 2**20, "the feature cache")
+        with open(partial, "ab") as stream:
+            # a row that a kill cut in half is written again
+            rows = max(0, stream.tell() - len(header)) // row
+            stream.truncate(len(header) + rows * row if rows else 0)
+            if not rows:
+                stream.write(header)
+                log.unlink(missing_ok=True)
+            failed = read_json(log, f"delete {partial}") if log.exists() else {}
+            with tqdm(total=shape[0], initial=rows, unit="img", desc=title) as bar:
+                for names, features, unreadable in encode(rows, batch_size):
+                    for name, reason in unreadable.items():
+                        tqdm.write(f"skipped: {reason}")
+                        features[names.index(name)] = np.nan
+                    if unreadable:
+                        failed |= unreadable
+                        write_json(log, failed)
+                    stream.write(features.tobytes())
+                    bar.update(len(names))
+            stream.flush()
+            os.fsync(stream.fileno())
+    return failed
 
 
 @torch.inference_mode()
@@ -296,46 +274,44 @@ def _encoded_grids(
     for start in range(first, len(grids.names), batch_size):
         names = list(grids.names[start : start + batch_size])
         grid = torch.from_numpy(np.array(grids.array[start : start + batch_size]))  # (B, N, D)
-        outputs = encoder.from_stem(grid.to(encoder.mean.device))
-        features = outputs[output].to(torch.float16).cpu().numpy()
-        yield names, features, {name: grids.failed[name] for name in names if name in grids.failed}
+        features = encoder.from_stem(grid.to(encoder.mean.device))[output].to(torch.float16)
+        failed = {name: grids.failed[name] for name in names if name in grids.failed}
+        yield names, features.cpu().numpy(), failed
 
 
-def _read_failures(log: Path) -> dict[str, str]:
-    """Read the log; the images of a line cut by a kill have no rows yet and are decoded again."""
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
-    return dict(json.loads(line) for line in lines)
-
-
-def _decoded(
-    manifest: Manifest, encoder: Encoder, flip: bool, first: int, batch_size: int
+def _encoded_images(
+    manifest: Manifest,
+    encoder: Encoder,
+    output: str,
+    dtype: torch.dtype,
+    flip: bool,
+    first: int,
+    batch_size: int,
 ) -> Iterator[_Batch]:
-    """Yield (names, pixels, failures) in order; threads decode ahead while the encoder computes."""
-    blank = np.zeros((encoder.preprocessing.size, encoder.preprocessing.size, 3), dtype=np.uint8)
+    """Yield batches in order; threads decode images ahead while the encoder computes."""
 
     def decode(start: int) -> _Batch:
         pixels, failed = [], {}
         items = manifest.items[start : start + batch_size]
         for item in items:
             try:
-                pixels.append(encoder.preprocessing(open_image(manifest.path(item)), flip))
+                image = open_image(manifest.path(item))
             except CapGenError as error:
-                pixels.append(blank)
-                failed[item.image] = error.problem
+                image, failed[item.image] = Image.new("RGB", (8, 8)), error.problem
+            pixels.append(encoder.preprocessing(image, flip))
         return [item.image for item in items], np.stack(pixels), failed
 
     waiting: list[Future[_Batch]] = []
     with ThreadPoolExecutor(DECODERS) as pool:
         for start in range(first, len(manifest), batch_size):
             waiting.append(pool.submit(decode, start))
-            if len(waiting) >= PREFETCH:
-                yield waiting.pop(0).result()
-        while waiting:
-            yield waiting.pop(0).result()
+            last = start + batch_size >= len(manifest)
+            while waiting and (last or len(waiting) == PREFETCH):
+                names, pixels, failed = waiting.pop(0).result()
+                yield names, encode_pixels(encoder, pixels, dtype)[output].numpy(), failed
 
 
 def _finish(
-    partial: Path,
     path: Path,
     key: dict[str, Any],
     manifest: Manifest,
@@ -343,6 +319,7 @@ def _finish(
     failed: dict[str, str],
 ) -> None:
     """Give the complete file its name; a cache is complete once its description is written."""
+    partial = path.with_suffix(".partial")
     if len(failed) == len(manifest):
         partial.unlink()
         raise CapGenError(f"no image of {manifest.name} could be read", next(iter(failed.values())))
@@ -350,7 +327,7 @@ def _finish(
         print(f"{len(failed)} of {len(manifest)} images could not be read and are left out")
     with explain_os_errors(path):
         os.replace(partial, path)
-        partial.with_suffix(".failed").unlink(missing_ok=True)
+        path.with_suffix(".failed").unlink(missing_ok=True)
     names = [item.image for item in manifest.items]
     write_json(
         path.with_suffix(".json"),
@@ -359,11 +336,7 @@ def _finish(
 
 
 def _crc(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as stream:
-        while block := stream.read(2**22):
-            value = zlib.crc32(block, value)
-    return value
+    return zlib.crc32(np.memmap(path, mode="r").data)
 
 
 def open_cache(path: Path, key: dict[str, Any] | None = None, verify: bool = False) -> FeatureCache:
@@ -391,7 +364,7 @@ def open_cache(path: Path, key: dict[str, Any] | None = None, verify: bool = Fal
         raise CapGenError(
             f"{path} is stale: {', '.join(changed)} changed since it was written", remedy
         )
-    expected = len(_header(shape)) + 2 * int(np.prod(shape))
+    expected = len(_header(shape)) + 2 * math.prod(shape)
     actual = _file_size(path)
     if actual != expected or len(names) != shape[0]:
         raise CapGenError(f"{path} is truncated: {actual} bytes instead of {expected}", remedy)

@@ -13,8 +13,19 @@ from hypothesis import strategies as st
 
 from capgen_utils.common.files import CapGenError
 from capgen_utils.data import shapes
-from capgen_utils.data.scenes import COLOURS, HELD_OUT, SHAPES, Scene, ShapeObject, draw, make_scene
-from capgen_utils.data.shapes import describe, is_true, judge, relation_is_right
+from capgen_utils.data.shapes import (
+    COLOURS,
+    HELD_OUT,
+    SHAPES,
+    Scene,
+    ShapeObject,
+    describe,
+    draw,
+    is_true,
+    judge,
+    make_scene,
+    relation_is_right,
+)
 from capgen_utils.text.ptb import tokenise
 
 seeds = st.integers(0, 2**32)

@@ -20,7 +20,7 @@ from capgen_utils.bundle import Bundle, load_bundle
 from capgen_utils.captioner import Captioner
 from capgen_utils.common.files import CapGenError, write_json
 from capgen_utils.data.manifest import Item, Manifest
-from capgen_utils.data.scenes import Scene, ShapeObject, draw
+from capgen_utils.data.shapes import Scene, ShapeObject, draw
 from capgen_utils.evaluation.attention import MEAN, CaptionMaps, caption_maps
 from capgen_utils.evaluation.grounding import (
     Deletion,

@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 
 from capgen_utils.common.files import CapGenError, sha256_file, write_json
 from capgen_utils.data.datasets import load_dataset
-from capgen_utils.text.bpe import BpeTokenizer
-from capgen_utils.text.bpe_tables import (
+from capgen_utils.text.bpe import (
     FAMILIES,
     TABLES,
+    BpeTokenizer,
     byte_symbols,
-    load_merges,
-    published_tokens,
+    require_published,
 )
 from capgen_utils.text.ptb import join_words, tokenise
 from capgen_utils.text.vocabulary import tokenizer_from_json
@@ -105,7 +104,7 @@ def theirs(family: str) -> Any:
         if family == "clip"
         else (GPT2TokenizerFast, {"add_prefix_space": True})
     )
-    return kind(vocab=vocabulary, merges=load_merges(FAMILIES[family]), **more)
+    return kind(vocab=vocabulary, merges=FAMILIES[family].merges, **more)
 
 
 def their_ids(family: str, text: str) -> list[int]:
@@ -490,8 +489,8 @@ def test_a_file_that_is_no_tokenizer_is_refused(damage: Callable[[dict[str, Any]
 def write_hub_layout(folder: Path, family: str) -> Path:
     """Write the table as hub models hold it."""
     folder.mkdir(parents=True, exist_ok=True)
-    merges = load_merges(FAMILIES[family])
-    ids = {token: i for i, token in enumerate(published_tokens(FAMILIES[family], merges))}
+    merges = FAMILIES[family].merges
+    ids = {token: i for i, token in enumerate(FAMILIES[family].tokens)}
     (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
     lines = ["#version: 0.2", *map(" ".join, merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -501,7 +500,6 @@ def write_hub_layout(folder: Path, family: str) -> Path:
 @BOTH
 def test_a_folder_in_the_hubs_layout(family: str, tmp_path: Path) -> None:
     folder = write_hub_layout(tmp_path / "model", family)
-    assert load_merges(FAMILIES[family], folder) == load_merges(FAMILIES[family])
     assert BpeTokenizer.full(family, folder).tokens == full(family).tokens
 
 
@@ -516,7 +514,7 @@ def test_the_library_reads_the_same_folder_and_what_it_saves_is_read_here(
     ids = library(space + text, add_special_tokens=False)["input_ids"]
     assert ids == full(family, False).encode(text)[1:-1]
     library.save_pretrained(tmp_path / "saved")
-    assert load_merges(FAMILIES[family], tmp_path / "saved") == load_merges(FAMILIES[family])
+    require_published(FAMILIES[family], tmp_path / "saved")
 
 
 def _rewrite(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
@@ -550,25 +548,25 @@ def test_anything_but_the_published_table_is_refused(
     folder = write_hub_layout(tmp_path, "gpt2")
     damage(folder)
     with pytest.raises(CapGenError):
-        load_merges(FAMILIES["gpt2"], folder)
+        require_published(FAMILIES["gpt2"], folder)
 
 
 @pytest.mark.parametrize("value", ["[]", '{"model": []}', '{"model": {"merges": [["a"], 5, {}]}}'])
 def test_a_tokenizer_file_without_the_table_is_refused(value: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(value)
     with pytest.raises(CapGenError):
-        load_merges(FAMILIES["gpt2"], tmp_path)
+        require_published(FAMILIES["gpt2"], tmp_path)
 
 
 def test_the_table_of_the_other_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CapGenError, match="does not hold the table that CLIP was published with"):
-        load_merges(FAMILIES["clip"], write_hub_layout(tmp_path, "gpt2"))
+        require_published(FAMILIES["clip"], write_hub_layout(tmp_path, "gpt2"))
 
 
 def test_a_folder_without_a_table_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(CapGenError, match="CapGen has it"):
-            load_merges(FAMILIES["gpt2"], folder)
+            require_published(FAMILIES["gpt2"], folder)
 
 
 # --- the real captions

@@ -5,8 +5,7 @@ import random
 import pytest
 
 from capgen_utils.data import shapes
-from capgen_utils.data.scenes import make_scene
-from capgen_utils.data.shapes import describe, is_true
+from capgen_utils.data.shapes import describe, is_true, make_scene
 from capgen_utils.text import twins
 from capgen_utils.text.twins import OPPOSITE, hard_negatives
 

@@ -23,8 +23,7 @@ from capgen_utils.decoding.captions import Caption
 from capgen_utils.decoding.options import check_decoding, describe, with_options
 from capgen_utils.evaluation.attention import MEAN, CaptionMaps, caption_maps
 from capgen_utils.vision.clip import CLIPS
-from capgen_utils.vision.grid import grid_side, seen_box
-from capgen_utils.vision.preprocessing import Preprocessing
+from capgen_utils.vision.preprocessing import Preprocessing, grid_side, seen_box
 
 Answer = tuple[Caption, CaptionMaps | None]  # with attention maps if asked for
 BLANK = Image.new("RGB", (64, 64), (120, 130, 110))

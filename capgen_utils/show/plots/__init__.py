@@ -40,4 +40,4 @@ from capgen_utils.show.plots.style import (
     show_source,
     use_style,
 )
-from capgen_utils.vision.grid import grid_side, upsample
+from capgen_utils.vision.preprocessing import grid_side, upsample

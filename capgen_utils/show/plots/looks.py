@@ -15,8 +15,7 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import ImageLike, open_image
 from capgen_utils.decoding.captions import NextWord
 from capgen_utils.show.plots.style import HEAT, PALETTE, new_figure
-from capgen_utils.vision.grid import seen_box, upsample
-from capgen_utils.vision.preprocessing import Preprocessing
+from capgen_utils.vision.preprocessing import Preprocessing, seen_box, upsample
 
 SCALE = "attention, 1 = even over the image"
 _LONGEST = 640  # pixels of a drawn photograph; no panel is larger on paper

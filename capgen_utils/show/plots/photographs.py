@@ -13,8 +13,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import ImageLike, open_image
 from capgen_utils.show.plots.style import COLOUR_MAP, PALETTE, STYLE, new_figure
-from capgen_utils.vision.grid import grid_side
-from capgen_utils.vision.preprocessing import Preprocessing
+from capgen_utils.vision.preprocessing import Preprocessing, grid_side
 
 
 def show_images(
