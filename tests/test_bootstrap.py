@@ -45,7 +45,7 @@ def no_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def stamped_ref() -> str:
     """What the README's links to notebooks on GitHub point to: the branch, or a release's tag."""
     refs = set(re.findall(r"/blob/([^/]+)/notebooks/", (ROOT / "README.md").read_text("utf-8")))
-    assert len(refs) == 1 and refs <= {stamping.BRANCH, stamping.release_tag()}
+    assert len(refs) == 1 and refs <= {stamping.BRANCH, stamping.RELEASE_TAG}
     return refs.pop()
 
 
@@ -69,12 +69,12 @@ def test_the_readme_links_every_notebook_and_opens_it_in_colab() -> None:
 
 def test_badges_open_the_default_branch_or_the_tag_of_a_release() -> None:
     owner = repository_address().removeprefix("https://github.com/")
-    for arguments, ref in [((), "main"), ((stamping.release_tag(),), stamping.release_tag())]:
+    for arguments, ref in [((), "main"), ((stamping.RELEASE_TAG,), stamping.RELEASE_TAG)]:
         text = stamping.badges("03_show_and_tell", *arguments)
         assert text.count(f"{owner}/blob/{ref}/notebooks/03_show_and_tell.ipynb") == 2
         assert "colab.research.google.com/github/" in text and "kaggle.com/kernels" in text
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert stamping.release_tag() == f"v{project['version']}"
+    assert stamping.RELEASE_TAG == f"v{project['version']}"
 
 
 def notebook_of(*sources: str) -> Any:
@@ -339,7 +339,7 @@ def test_the_first_cell_clones_the_tag_if_it_exists_and_the_default_branch_other
         git(work, "add", ".")
         git(work, "commit", "-q", "-m", version)
         if released and version == "release":
-            git(work, "tag", stamping.release_tag())
+            git(work, "tag", stamping.RELEASE_TAG)
     git(tmp_path, "clone", "-q", "--bare", str(work), str(bare))
     clone = stamping.first_cell().split("\nfrom capgen_utils")[0]
     code = f"{clone}\nassert sys.path[0] == str(Path('capgen').absolute())"
@@ -350,7 +350,7 @@ def test_the_first_cell_clones_the_tag_if_it_exists_and_the_default_branch_other
     assert done.returncode == 0, done.stderr
     cloned = (content / "capgen" / "capgen_utils" / "version.txt").read_text()
     assert cloned == ("release" if released else "branch")
-    tag = stamping.release_tag()
+    tag = stamping.RELEASE_TAG
     assert done.stdout.strip() == (
         f"CapGen {tag}" if released else f"CapGen from the default branch: {tag} is not released"
     )
@@ -462,7 +462,7 @@ def _repository(folder: Path) -> None:
     git(folder, "init", "-q")
     git(folder, "add", ".")
     git(folder, "commit", "-q", "-m", "all")
-    git(folder, "tag", stamping.release_tag())
+    git(folder, "tag", stamping.RELEASE_TAG)
 
 
 def run_first_cell(hosted: dict[str, Path], content: Path, after: str = "", **more: str) -> Any:

@@ -125,7 +125,7 @@ _NAMES = {
     "recipes.pretrain_encoder": "training.encoder",
     "shipping.main": "apps.authoring.ship",
     "shipping.ship": "apps.authoring.ship",
-    "shipping.write_small": "apps.export.small",
+    "shipping.write_small": "apps.export.bundles",
     "tensors.grid_sinusoids": "common.sinusoids",
     "tensors.sinusoids": "common.sinusoids",
     "text.Tokenizer": "text.words",

@@ -15,7 +15,7 @@ from torch import nn
 from capgen_utils import bootstrap
 from capgen_utils.apps.authoring.ship import ship
 from capgen_utils.apps.cli.main import main
-from capgen_utils.apps.export.small import write_small
+from capgen_utils.apps.export.bundles import write_small
 from capgen_utils.bundle import load_bundle, save_bundle
 from capgen_utils.captioner import Captioner
 from capgen_utils.common.files import CapGenError

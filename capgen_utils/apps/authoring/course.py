@@ -27,6 +27,7 @@ from capgen_utils.show.plots import read_log
 NOTEBOOKS = REPOSITORY / "notebooks"
 NUMBERED = "[0-9][0-9]_*.ipynb"
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+LAUNCHER = ("-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR")
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, empty without a kernel
 
 # JupyterLab's look without scripts (formulas are plain text), and with the alternative texts that
@@ -65,9 +66,8 @@ class OwnKernel(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         """The only specification."""
-        launcher = ["-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
         return KernelSpec(
-            argv=[sys.executable, *launcher],
+            argv=[sys.executable, *LAUNCHER],
             display_name=KERNEL["display_name"],
             language=KERNEL["language"],
         )
@@ -158,14 +158,15 @@ def run_notebook(
 def execute(notebook: NotebookNode, path: Path, preset: str, train: bool) -> str:
     """Run all cells; returns the error that ended the run, or an empty text."""
     count = sum(cell.cell_type == "code" for cell in notebook.cells)
-    folders = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "TQDM_DISABLE": "1",  # bars would be stored as outputs
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a shell's may open windows
         "CAPGEN_PRESET": preset,
         "CAPGEN_TRAIN": str(int(train)),
         "CAPGEN_DATA": str(data_dir().absolute()),
-        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+        ),
     }
     with tqdm(total=count, desc=path.stem, unit="cell") as bar:
         client = NotebookClient(
@@ -179,8 +180,9 @@ def execute(notebook: NotebookNode, path: Path, preset: str, train: bool) -> str
         try:
             client.execute(env=environment)
         except CellExecutionError as error:
-            outputs = [cell.get("outputs", ()) for cell in notebook.cells]
-            raised = [any(one.output_type == "error" for one in several) for several in outputs]
+            raised = [
+                "error" in [o.output_type for o in c.get("outputs", [])] for c in notebook.cells
+            ]
             return f"cell {raised.index(True) + 1}: {error.ename}: {error.evalue}"
         except DeadKernelError:
             return "the kernel died, most likely for lack of memory"
@@ -198,8 +200,11 @@ def clean(notebook: NotebookNode, keep_messages: bool = False) -> None:
         tags = {"tags": cell.metadata.tags} if "tags" in cell.metadata else {}
         cell.metadata = NotebookNode(tags)
         if cell.cell_type == "code":
-            outputs = [o for o in cell.outputs if keep_messages or o.get("name") != "stderr"]
-            cell.outputs = [_without_folders(o) for o in outputs if WIDGET not in o.get("data", {})]
+            cell.outputs = [
+                _without_folders(o)
+                for o in cell.outputs
+                if (keep_messages or o.get("name") != "stderr") and WIDGET not in o.get("data", {})
+            ]
 
 
 def _without_folders(value: Any) -> Any:
@@ -215,9 +220,9 @@ def _without_folders(value: Any) -> Any:
     elif isinstance(value, list):
         value = [_without_folders(item) for item in value]
     elif isinstance(value, dict):
-        for key in value:
-            if not key.startswith("image/"):
-                value[key] = _without_folders(value[key])
+        value.update(
+            {k: _without_folders(v) for k, v in value.items() if not k.startswith("image/")}
+        )
     return value
 
 
@@ -261,8 +266,10 @@ def index_page(outcomes: Sequence[Outcome], preset: str) -> str:
         link = f"[{title}]({outcome.page.name})"
         result = "failed" if outcome.error else "ok"
         lines.append(f"| {link} | {outcome.seconds:.0f} s | {result} |")
-    text = nbformat.v4.new_markdown_cell("\n".join(lines))
-    return html_page(nbformat.v4.new_notebook(cells=[text]), "CapGen: the course")
+    return html_page(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n".join(lines))]),
+        "CapGen: the course",
+    )
 
 
 def captioners_table() -> str:

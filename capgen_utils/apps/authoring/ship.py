@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from capgen_utils.apps.export.small import write_small
+from capgen_utils.apps.export.bundles import write_small
 from capgen_utils.common.files import atomic_path
 from capgen_utils.common.tensors import rounded, save_tensors
 from capgen_utils.config import MINI

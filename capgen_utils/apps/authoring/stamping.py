@@ -18,6 +18,7 @@ from capgen_utils.common.files import CapGenError, write_text
 from capgen_utils.common.machine import VERSION
 from capgen_utils.common.paths import REPOSITORY, repository_address
 
+RELEASE_TAG = f"v{VERSION}"  # first cells clone it once it exists
 BRANCH = "main"  # badges point here until a release stamps its tag
 
 _FIRST_CELL = """\
@@ -48,14 +49,9 @@ _IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
 _IMAGE_KAGGLE = "https://kaggle.com/static/images/open-in-kaggle.svg"
 
 
-def release_tag() -> str:
-    """Return the tag of this version, which first cells clone once it exists."""
-    return f"v{VERSION}"
-
-
 def first_cell() -> str:
     """Return the source of the first code cell of every notebook."""
-    return _FIRST_CELL.format(address=repository_address(), tag=release_tag())
+    return _FIRST_CELL.format(address=repository_address(), tag=RELEASE_TAG)
 
 
 def badges(name: str, ref: str = BRANCH) -> str:
@@ -124,8 +120,9 @@ def main(arguments: Sequence[str] = ()) -> int:
             print(f"wrote {path.name}; run it again if its code changed (make notebooks)")
     readme = REPOSITORY / "README.md"
     before = readme.read_text(encoding="utf-8")
-    if stamp_text(before, options.tag) != before:
-        write_text(readme, stamp_text(before, options.tag))
+    after = stamp_text(before, options.tag)
+    if after != before:
+        write_text(readme, after)
         print("wrote README.md")
     return 0
 

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -92,12 +92,15 @@ class Style:
                 score = "" if c.clip_score is None else f"  {c.clip_score:5.3f}"
                 lines.append(f"  {c.log_probability:8.2f}{score}  {c.text}")
             return "\n".join(lines) + "\n"
-        candidates = []
-        for c in caption.candidates[: self.candidates]:
-            candidates.append({"text": c.text, "log_probability": round(c.log_probability, 4)})
-            if c.clip_score is not None:
-                scores = {"temperature": c.temperature, "clip_score": round(c.clip_score, 4)}
-                candidates[-1] |= scores
+        candidates = [
+            {"text": c.text, "log_probability": round(c.log_probability, 4)}
+            | (
+                {}
+                if c.clip_score is None
+                else {"temperature": c.temperature, "clip_score": round(c.clip_score, 4)}
+            )
+            for c in caption.candidates[: self.candidates]
+        ]
         row = {"image": shown(path), "caption": caption.text, "candidates": candidates}
         return json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -144,7 +147,7 @@ class CaptionFile:
         batch_size: int = BATCH_SIZE,
         resume: bool = False,
     ) -> None:
-        self.path, self.style = path, style
+        self.path = path
         self.held: set[str] = set()
         if resume and style.format == "text":
             raise CapGenError("plain text cannot be resumed", "use --format jsonl or csv")
@@ -153,7 +156,14 @@ class CaptionFile:
                 raise CapGenError(f"{path} exists already", f"add --resume, {OTHER_FILE}")
             check_settings(path, settings)
             batches = {shown(path): i // batch_size for i, path in enumerate(paths)}
-            self._keep_whole_batches(batches)
+            records = read_records(path, style)
+            last = batches.get(records[-1][0]) if records else None
+            while last is not None and records and batches.get(records[-1][0]) == last:
+                records.pop()
+            self.held = {image for image, _ in records}
+            kept = style.header + "".join(text for _, text in records)
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(kept.encode())
         if style.format != "text":
             write_json(settings_path(path), settings)
         with explain_os_errors(path):
@@ -179,17 +189,6 @@ class CaptionFile:
         with explain_os_errors(self.path):
             self._stream.flush()
 
-    def _keep_whole_batches(self, batches: Mapping[str, int]) -> None:
-        """Rewrite the file without its last batch; ``batches`` maps an image to its batch."""
-        records = read_records(self.path, self.style)
-        last = batches.get(records[-1][0]) if records else None
-        while last is not None and records and batches.get(records[-1][0]) == last:
-            records.pop()
-        self.held = {image for image, _ in records}
-        kept = "".join(text for _, text in records)
-        with atomic_path(self.path) as temporary:
-            temporary.write_bytes((self.style.header + kept).encode())
-
 
 def read_records(path: Path, style: Style) -> list[tuple[str, str]]:
     """Return image and text of each complete JSON line or CSV row; a torn last one is left out.
@@ -202,8 +201,7 @@ def read_records(path: Path, style: Style) -> list[tuple[str, str]]:
     try:
         text = data[: data.rfind(b"\n") + 1].decode("utf-8")
         if style.format == "jsonl":
-            lines = text.split("\n")[:-1]
-            records = [(json.loads(line)["image"], f"{line}\n") for line in lines]
+            records = [(json.loads(line)["image"], f"{line}\n") for line in text.split("\n")[:-1]]
         else:
             rows = list(csv.reader(io.StringIO(text, newline="")))
             if rows and len(rows[-1]) < len(style.columns):  # torn inside a quoted field
@@ -271,9 +269,9 @@ class FailureFile:
             return
         with explain_os_errors(self.path), open(self.path, "a", encoding="utf-8") as stream:
             for path, error in failures:
-                problem = {"problem": shown(error.problem), "remedy": error.remedy}
-                row = json.dumps({"image": shown(path)} | problem, ensure_ascii=False)
-                stream.write(f"{row}\n")
+                row = {"image": shown(path), "problem": shown(error.problem)}
+                json.dump(row | {"remedy": error.remedy}, stream, ensure_ascii=False)
+                stream.write("\n")
 
 
 # --- the run
@@ -294,14 +292,15 @@ def settings_of(
     Raises:
         CapGenError: the decoding options are not possible.
     """
-    decoding = with_options(captioner.decoding, rerank, **options)
     return {
         "version": VERSION,
         "format": style.format,
         "candidates": style.candidates,
         "bundle": captioner.folder and hash_folder(captioner.folder),
         "features": captioner.features_dtype,
-        "decoding": check_decoding(decoding, captioner.longest).to_json(),
+        "decoding": check_decoding(
+            with_options(captioner.decoding, rerank, **options), captioner.longest
+        ).to_json(),
         "reranking": {"scorer": scorer and hash_folder(scorer)} if rerank else None,
     }
 
@@ -309,14 +308,19 @@ def settings_of(
 def hash_folder(folder: Path) -> str:
     """Return a hash of the names and contents of all files in a folder."""
     with explain_os_errors(folder, "read"):
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        return fingerprint({p.relative_to(folder).as_posix(): sha256_file(p) for p in files})
+        return fingerprint(
+            {
+                p.relative_to(folder).as_posix(): sha256_file(p)
+                for p in sorted(folder.rglob("*"))
+                if p.is_file()
+            }
+        )
 
 
 def caption_batches(
     captioner: "Captioner | OnnxCaptioner",
     paths: Sequence[Path],
-    held: Iterable[str] = (),
+    held: Container[str] = (),
     batch_size: int = BATCH_SIZE,
     **asked: Any,
 ) -> Iterator[list[Result]]:
@@ -332,9 +336,8 @@ def caption_batches(
     Yields:
         Each remaining file of a batch, with its caption or its error.
     """
-    done = frozenset(held)
     for start in range(0, len(paths), batch_size):
-        missing = [path for path in paths[start : start + batch_size] if shown(path) not in done]
+        missing = [path for path in paths[start : start + batch_size] if shown(path) not in held]
         if missing:
             yield list(captioner.caption_each(missing, batch_size=batch_size, **asked))
 
@@ -348,6 +351,5 @@ def write_batch(
         CapGenError: a file cannot be written.
     """
     failures.write([(path, error) for path, error in batch if isinstance(error, CapGenError)])
-    captions = ((path, caption) for path, caption in batch if isinstance(caption, Caption))
-    output.write("".join(style.record(path, caption) for path, caption in captions))
+    output.write("".join(style.record(path, c) for path, c in batch if isinstance(c, Caption)))
     output.flush()

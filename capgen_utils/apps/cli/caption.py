@@ -33,7 +33,6 @@ def run_caption(options: argparse.Namespace) -> int:
     paths, lost = find_paths(options.images)
     captioner = load_captioner(options)
     style = bulk.Style(options.format, options.candidates, options.rerank, named=len(paths) > 1)
-    asked = {"rerank": options.rerank} | decoding_options(options)
     failed = len(lost)
     with open_output(options, style, captioner, paths) as output:
         failures = bulk.FailureFile(options.failures)
@@ -41,10 +40,16 @@ def run_caption(options: argparse.Namespace) -> int:
         for _, error in lost:
             complain(error)
         held = output.held if isinstance(output, bulk.CaptionFile) else set[str]()
-        batches = bulk.caption_batches(captioner, paths, held, options.batch_size, **asked)
         try:
             with progress_bar(len(paths), len(held)) as bar:
-                for batch in batches:
+                for batch in bulk.caption_batches(
+                    captioner,
+                    paths,
+                    held,
+                    options.batch_size,
+                    rerank=options.rerank,
+                    **decoding_options(options),
+                ):
                     bulk.write_batch(batch, style, output, failures)
                     for error in (e for _, e in batch if isinstance(e, CapGenError)):
                         failed += 1
@@ -98,8 +103,9 @@ def load_captioner(options: argparse.Namespace) -> Any:
         return OnnxCaptioner.from_folder(options.onnx)
     from capgen_utils.captioner import Captioner
 
-    weights, scorer = options.encoder_weights, options.scorer
-    return Captioner.from_bundle(options.bundle, options.device, weights, scorer, options.fp32)
+    return Captioner.from_bundle(
+        options.bundle, options.device, options.encoder_weights, options.scorer, options.fp32
+    )
 
 
 def find_paths(sources: list[Path]) -> tuple[list[Path], list[tuple[Path, CapGenError]]]:
@@ -139,10 +145,16 @@ def open_output(
     if options.output is None:
         sys.stdout.write(style.header)
         return nullcontext(sys.stdout)
-    decoding = decoding_options(options)
-    settings = bulk.settings_of(captioner, style, decoding, options.rerank, options.scorer)
-    batch_size, resume = options.batch_size, options.resume
-    return bulk.CaptionFile(options.output, style, settings, paths, batch_size, resume)
+    return bulk.CaptionFile(
+        options.output,
+        style,
+        bulk.settings_of(
+            captioner, style, decoding_options(options), options.rerank, options.scorer
+        ),
+        paths,
+        options.batch_size,
+        options.resume,
+    )
 
 
 def progress_bar(total: int, initial: int) -> Any:

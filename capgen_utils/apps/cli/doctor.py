@@ -75,8 +75,9 @@ def examine() -> list[Finding]:
         try:
             findings.extend(check())
         except Exception as error:  # a failing check must not hide the others
-            name = check.__name__.strip("_")
-            findings.append(Finding(name, f"could not be checked: {_brief(error)}", None))
+            findings.append(
+                Finding(check.__name__.strip("_"), f"could not be checked: {_brief(error)}", None)
+            )
     return findings
 
 
@@ -90,10 +91,8 @@ def report(findings: Sequence[Finding]) -> str:
         if finding.remedy and not finding.ok:
             lines.append(f"  {'':<{width}}  -> {finding.remedy}")
     broken = sum(finding.ok is False for finding in findings)
-    ending = (
-        f"{broken} of {len(findings)} need repair" if broken else "everything required is there"
-    )
-    return "\n".join([*lines, "", ending])
+    needed = f"{broken} of {len(findings)} need repair"
+    return "\n".join([*lines, "", needed if broken else "everything required is there"])
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
@@ -147,8 +146,9 @@ def _device() -> Iterable[Finding]:
         dtype = choose_dtype(device)
         check_device(device, dtype)
     except Exception as error:
-        remedy = device_remedy(str(error), device)
-        yield Finding("device", f"{label} fails: {_brief(error)}", False, remedy)
+        yield Finding(
+            "device", f"{label} fails: {_brief(error)}", False, device_remedy(str(error), device)
+        )
         return
     yield Finding("device", f"{label}, ran a matrix product and a convolution", True)
     reason = "safe on this device"
@@ -177,8 +177,12 @@ def _processor() -> Iterable[Finding]:
 
     memory = psutil.virtual_memory()
     value = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-    enough = memory.available >= 2_000_000_000 or None
-    yield Finding("memory", value, enough, "close other notebooks and programs")
+    yield Finding(
+        "memory",
+        value,
+        memory.available >= 2_000_000_000 or None,
+        "close other notebooks and programs",
+    )
 
 
 def _disk() -> Iterable[Finding]:
@@ -227,9 +231,13 @@ def _network() -> Iterable[Finding]:
         "access_token": (folder / "access_token").is_file(),
     }
     source = next((name for name, exists in sources.items() if exists), "")
-    remedy = "not needed for Flickr8k, which is public; to get one: kaggle.com, Settings, API"
     value = f"found ({source})" if source else "none"
-    yield Finding("Kaggle key", value, bool(source) or None, remedy)
+    yield Finding(
+        "Kaggle key",
+        value,
+        bool(source) or None,
+        "not needed for Flickr8k, which is public; to get one: kaggle.com, Settings, API",
+    )
     for host, reached in reachable(list(HUBS)).items():
         value = "reached" if reached else "not reached"
         yield Finding(f"network: {host}", value, reached or None, HUBS[host])

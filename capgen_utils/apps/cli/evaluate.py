@@ -35,18 +35,20 @@ def run_evaluate(options: argparse.Namespace) -> None:
         options.bundle, encoder_weights=options.encoder_weights, scorer=options.scorer
     )
     manifest = load_dataset(_dataset_of(captioner.bundle, options), options.data)
-    evaluation = evaluate(
-        captioner,
-        manifest,
-        options.split,
-        rerank=options.rerank,
-        judge=DualEncoder.load(options.judge) if options.judge else None,
-        limit=options.limit,
-        java=options.java,
-        **decoding_options(options),
-    )
     name = options.name or f"{manifest.name}_{captioner.bundle.info['model']}"
-    _write_evaluation(options.output / f"{name}.json", evaluation)
+    _write_evaluation(
+        options.output / f"{name}.json",
+        evaluate(
+            captioner,
+            manifest,
+            options.split,
+            rerank=options.rerank,
+            judge=DualEncoder.load(options.judge) if options.judge else None,
+            limit=options.limit,
+            java=options.java,
+            **decoding_options(options),
+        ),
+    )
 
 
 def _dataset_of(bundle: Any, options: argparse.Namespace) -> str:

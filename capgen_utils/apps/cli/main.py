@@ -112,7 +112,7 @@ def run_export(options: argparse.Namespace) -> None:
         print(f"the exported captioner is in {output}")
         print(f"next: capgen caption --onnx {output} IMAGE")
     elif options.format == "hub":
-        from capgen_utils.apps.export.model_card import export_hub, push, require_pushable
+        from capgen_utils.apps.export.bundles import export_hub, push, require_pushable
 
         if options.push:
             require_pushable(options.push)  # before anything is written
@@ -121,7 +121,7 @@ def run_export(options: argparse.Namespace) -> None:
         if options.push:
             print(f"pushed to {push(output, options.push)}")
     else:
-        from capgen_utils.apps.export.small import write_small
+        from capgen_utils.apps.export.bundles import write_small
 
         write_small(bundle, output)
         before, after = (
@@ -135,13 +135,18 @@ def run_course(options: argparse.Namespace) -> int:
     """Run the notebooks; returns 1 if one failed."""
     from capgen_utils.apps.authoring import course
 
-    train = train_anew() and not options.no_train
-    return course.run_course(options.preset, options.output, options.only, options.keep, train)
+    return course.run_course(
+        options.preset,
+        options.output,
+        options.only,
+        options.keep,
+        train_anew() and not options.no_train,
+    )
 
 
 def run_info(options: argparse.Namespace) -> None:
     """Print the facts about a bundle."""
-    from capgen_utils.apps.export.facts import bundle_facts, facts_text
+    from capgen_utils.apps.export.bundles import bundle_facts, facts_text
     from capgen_utils.captioner import DEFAULT_BUNDLE
 
     facts = bundle_facts(options.bundle or DEFAULT_BUNDLE)

@@ -171,8 +171,9 @@ def read_protection(options: argparse.Namespace) -> Any:
 
     rate = None if options.rate_limit.strip().lower() in ("none", "off", "") else options.rate_limit
     parse_rate(rate)
-    key = options.api_key or os.environ.get(KEY_VARIABLE) or None
-    return Protection(key, tuple(options.cors or ()), rate)
+    return Protection(
+        options.api_key or os.environ.get(KEY_VARIABLE) or None, tuple(options.cors or ()), rate
+    )
 
 
 COMMAND = Command(

@@ -44,7 +44,6 @@ def run_train(options: argparse.Namespace) -> None:
     )
     print(f"preset {preset.name}: dataset {preset.dataset}, encoder {preset.recipe(model).encoder}")
     names = ("epochs", "batch_images", "learning_rate", "seed", "dtype")
-    settings = {name: getattr(options, name) for name in names}
     started = time.perf_counter()
     run = train(
         model,
@@ -53,7 +52,7 @@ def run_train(options: argparse.Namespace) -> None:
         folder=options.output,
         limit=options.limit,
         trackers=[name for name in ("tensorboard", "wandb") if getattr(options, name)],
-        **{name: value for name, value in settings.items() if value is not None},
+        **{name: value for name in names if (value := getattr(options, name)) is not None},
     )
     progress, minutes = run.progress, (time.perf_counter() - started) / 60
     print(

@@ -1,7 +1,6 @@
 """Greedy and beam search in numpy, without torch: the captions of ``decoding`` (notebook 11)."""
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,25 +18,13 @@ _ONLY_WITH_TORCH = (
 )
 
 
-class State(Protocol):
-    """The state of a captioner after the tokens of M hypotheses."""
-
-    def step(self, tokens: np.ndarray) -> tuple[np.ndarray, Self]:
-        """Read ``tokens`` (M,); return logits (M, V) of the next ones, and the next state."""
-        ...
-
-    def select(self, rows: np.ndarray) -> Self:
-        """Return the state of hypotheses ``rows`` (M',): reordered, dropped or repeated."""
-        ...
-
-
 def search(
-    state: State, images: int, specials: Specials, config: DecodingConfig
+    state: Any, images: int, specials: Specials, config: DecodingConfig
 ) -> list[list[Hypothesis]]:
     """Find captions for ``images`` images, which step together but are searched independently.
 
     Args:
-        state: before the first token, one hypothesis per image.
+        state: before the first token, one hypothesis per image; see ``onnx_captioner.OnnxState``.
         images: how many.
         specials: token ids.
         config: beam, lengths and length penalty; beam 1 is greedy search.
@@ -66,7 +53,8 @@ def search(
             one, count = searches[image], len(searches[image].live)
             sources, words = one.advance(own[first : first + count], steps[first : first + count])
             if position + 1 == config.max_length:
-                one.cut()
+                for hypothesis in one.live:
+                    one.finish(hypothesis, False)  # cut short
             elif sources:
                 going.append(image)
                 rows += [first + source for source in sources]
@@ -84,8 +72,7 @@ def require_search(config: DecodingConfig) -> None:
     Raises:
         CapGenError: the configuration asks for sampling, penalties or groups.
     """
-    default = DecodingConfig()
-    changed = [name for name in _ONLY_WITH_TORCH if getattr(config, name) != getattr(default, name)]
+    changed = [n for n in _ONLY_WITH_TORCH if getattr(config, n) != getattr(DecodingConfig, n)]
     if changed:
         raise CapGenError(
             f"a captioner without torch has no {changed[0].replace('_', ' ')}: it knows greedy and "
@@ -94,12 +81,11 @@ def require_search(config: DecodingConfig) -> None:
         )
 
 
-@dataclass
-class _Live:
+class _Live(NamedTuple):
     """An unfinished hypothesis: its tokens so far and their log-probability."""
 
     words: tuple[int, ...] = ()
-    total: np.float32 = field(default_factory=lambda: np.float32(0))
+    total: np.float32 = np.float32(0)
 
 
 class _Search:
@@ -123,39 +109,32 @@ class _Search:
         before = np.array([[hypothesis.total] for hypothesis in self.live], dtype=np.float32)
         totals = (steps + before).ravel()  # (K * V,)
         count = 1 if self.size == 1 else min(2 * self.size, len(totals))
-        best = np.argsort(-totals, kind="stable")[:count]
         lives: list[tuple[int, int, _Live]] = []
-        for rank, index in enumerate(best.tolist()):
-            if not np.isfinite(totals[index]):
-                continue
+        for rank, index in enumerate(np.argsort(-totals, kind="stable")[:count].tolist()):
             source, token = divmod(index, steps.shape[1])
             words, total = self.live[source].words, self.live[source].total + own[source, token]
+            if not np.isfinite(totals[index]):
+                continue
             if token != self.end:
                 lives.append((source, token, _Live((*words, token), total)))
             elif rank < self.size:
-                self._finish(_Live(words, total), True)
+                self.finish(_Live(words, total), True)
         if not lives and not self.finished:
-            self._finish(self.live[0], False)
+            self.finish(self.live[0], False)
         lives = lives[: self.size]
         if lives and len(self.finished) >= self.size:
-            worst = self.hypotheses()[-1].score
             leader = lives[0][2]
-            if self._ranked(leader.total, len(leader.words)) <= worst:
+            if self._ranked(leader.total, len(leader.words)) <= self.hypotheses()[-1].score:
                 lives = []  # done: nothing alive can, at its present length, replace the worst
         self.live = [hypothesis for _, _, hypothesis in lives]
         return [source for source, _, _ in lives], [token for _, token, _ in lives]
 
-    def cut(self) -> None:
-        """Keep live hypotheses as captions cut short."""
-        for hypothesis in self.live:
-            self._finish(hypothesis, False)
+    def finish(self, hypothesis: _Live, ended: bool) -> None:
+        """Keep a caption: with its end token, or cut short."""
+        (words, total), length = hypothesis, len(hypothesis.words) + ended
+        self.finished.append(Hypothesis(words, float(total), self._ranked(total, length), ended))
 
-    def _finish(self, hypothesis: _Live, ended: bool) -> None:
-        words, total = hypothesis.words, float(hypothesis.total)
-        score = self._ranked(hypothesis.total, len(words) + ended)
-        self.finished.append(Hypothesis(words, total, score, ended))
-
-    def _ranked(self, total: Any, length: int) -> float:
+    def _ranked(self, total: np.float32, length: int) -> float:
         return float(total) / max(1, length) ** self.config.length_penalty
 
     def hypotheses(self) -> list[Hypothesis]:

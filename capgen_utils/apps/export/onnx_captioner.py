@@ -6,7 +6,7 @@ graphs.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,8 @@ class OnnxCaptioner:
     def __init__(
         self, info: ExportInfo, tokenizer: Tokenizer, sessions: Mapping[str, Any], folder: Path
     ) -> None:
-        self.info, self.tokenizer, self.sessions, self.folder = (
-            info,
-            tokenizer,
-            dict(sessions),
-            folder,
-        )
+        self.info, self.tokenizer, self.sessions = info, tokenizer, sessions
+        self.decoding, self.longest, self.folder = info.decoding, info.longest, folder
         self.specials = Specials.of(tokenizer)
 
     @classmethod
@@ -107,16 +103,6 @@ class OnnxCaptioner:
         check_graphs(sessions, info, folder)
         return cls(info, tokenizer, sessions, folder)
 
-    @property
-    def decoding(self) -> DecodingConfig:
-        """Default decoding."""
-        return self.info.decoding
-
-    @property
-    def longest(self) -> int:
-        """Longest caption in tokens, end token included."""
-        return self.info.longest
-
     def caption(
         self,
         images: ImageLike | Sequence[ImageLike],
@@ -139,8 +125,9 @@ class OnnxCaptioner:
         decoding, captions = self._decoding(options), list[Caption]()
         for start in range(0, len(many), batch_size):
             batch = many[start : start + batch_size]
-            pixels = [self.info.preprocessing(open_image(image)) for image in batch]
-            captions += self._caption_pixels(pixels, decoding)
+            captions += self._caption_pixels(
+                [self.info.preprocessing(open_image(image)) for image in batch], decoding
+            )
         return captions
 
     def caption_each(
@@ -169,7 +156,7 @@ class OnnxCaptioner:
             yield from ((path, errors.get(path) or next(captions)) for path in batch)
 
     def _decoding(self, options: dict[str, Any]) -> DecodingConfig:
-        decoding = check_decoding(with_options(self.info.decoding, **options), self.info.longest)
+        decoding = check_decoding(with_options(self.decoding, **options), self.longest)
         require_search(decoding)
         return decoding
 
@@ -177,24 +164,26 @@ class OnnxCaptioner:
         self, pixels: Sequence[np.ndarray], decoding: DecodingConfig
     ) -> list[Caption]:
         state = self.start(self.encode(np.stack(pixels)))
-        images = search(state, len(pixels), self.specials, decoding)
-        return [caption_of(self.tokenizer, hypotheses) for hypotheses in images]
+        return [
+            caption_of(self.tokenizer, hypotheses)
+            for hypotheses in search(state, len(pixels), self.specials, decoding)
+        ]
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (B, size, size, 3), uint8 -> features (B, ...), rounded to float16 as a feature
         cache holds them."""
-        features = run(self.sessions["encoder"], {"pixels": np.ascontiguousarray(pixels)})[
-            "features"
-        ]
-        return features.astype(np.float16).astype(np.float32)
+        outputs = run(self.sessions["encoder"], {"pixels": np.ascontiguousarray(pixels)})
+        return outputs["features"].astype(np.float16).astype(np.float32)
 
     def start(self, features: np.ndarray) -> "OnnxState":
         """Features (B, ...) -> the state before the first token, one hypothesis per image."""
         tensors = run(self.sessions["memory"], {"features": features})
-        memory = {name: value for name, value in tensors.items() if name.startswith("memory")}
-        cache = {name: value for name, value in tensors.items() if name.startswith("cache")}
         return OnnxState(
-            self.sessions["step"], self.info.memory_axis, memory, cache, np.arange(len(features))
+            self.sessions["step"],
+            self.info.memory_axis,
+            {name: value for name, value in tensors.items() if name.startswith("memory")},
+            {name: value for name, value in tensors.items() if name.startswith("cache")},
+            np.arange(len(features)),
         )
 
 
@@ -268,18 +257,12 @@ def read_info(value: Any, folder: Path) -> ExportInfo:
     )
     if not possible:
         raise CapGenError(f"{folder}/config.json holds values that are out of range", EXPORT_AGAIN)
-    decoding = check_decoding(from_dict(DecodingConfig, value["decoding"]), value["longest"])
-    return ExportInfo(
-        value["model"],
-        value["encoder"],
-        preprocessing_from_json(value.get("preprocessing")),
-        decoding,
-        value["longest"],
-        value["vocabulary"],
-        tuple(shape),
-        value["memory_axis"],
-        check,
-    )
+    read = {
+        "preprocessing": preprocessing_from_json(value.get("preprocessing")),
+        "decoding": check_decoding(from_dict(DecodingConfig, value["decoding"]), value["longest"]),
+        "feature_shape": tuple(shape),
+    }
+    return ExportInfo(**{f.name: value.get(f.name) for f in fields(ExportInfo)} | read)
 
 
 def _is_count(value: Any, most: int) -> bool:

@@ -7,8 +7,7 @@ are traced from the captioner's own methods, so that no captioner is written twi
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
@@ -69,7 +68,6 @@ def export_onnx(
 def describe_export(folder: Path, bundle: Bundle, encoder: Encoder) -> dict[str, Any]:
     """Return the contents of ``config.json``, without the check."""
     memory = bundle.model.encode(torch.zeros(1, *encoder.outputs[bundle.model.feature]))
-    graphs = {name: folder / f"{name}.onnx" for name in GRAPHS}
     return {
         "format": "onnx",
         "version": VERSION,
@@ -82,7 +80,11 @@ def describe_export(folder: Path, bundle: Bundle, encoder: Encoder) -> dict[str,
         "feature_shape": list(encoder.outputs[bundle.model.feature]),
         "memory_axis": memory.axis,
         "graphs": {
-            n: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for n, p in graphs.items()
+            name: {
+                "bytes": (folder / f"{name}.onnx").stat().st_size,
+                "sha256": sha256_file(folder / f"{name}.onnx"),
+            }
+            for name in GRAPHS
         },
         "versions": {name: metadata.version(name) for name in ("torch", *_PACKAGES)},
         "trained": {key: bundle.info.get(key) for key in ("dataset", "preset", "revision")},
@@ -120,8 +122,9 @@ class MemoryGraph(nn.Module):
         for part in state.cache:
             if isinstance(part, KeyValues):  # keys and values (layers, M, heads, 0, width)
                 rows, _, _, heads, width = part.blocks[0].shape
-                shape = (len(part.blocks), rows, heads, part.length, width)
-                cache += [part.blocks[0].new_zeros(shape)] * 2
+                cache += [
+                    part.blocks[0].new_zeros((len(part.blocks), rows, heads, part.length, width))
+                ] * 2
             else:
                 cache.append(part)
         return *memory.tensors().values(), *(tensor.clone() for tensor in cache)
@@ -145,18 +148,21 @@ class StepGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Read one token for each hypothesis, which has its own row of the memory."""
         rest = iter(cache)
-        parts = tuple(
-            GrowingKeyValues(next(rest), next(rest)) if grows else next(rest)
-            for grows in self.grows
-        )
         rows: Memory = self.kind(**dict(zip(self.names, memory, strict=True)))
-        state = SharedState(rows, torch.arange(tokens.shape[0]), parts)
+        state = SharedState(
+            rows,
+            torch.arange(tokens.shape[0]),
+            tuple(
+                GrowingKeyValues(next(rest), next(rest)) if grows else next(rest)
+                for grows in self.grows
+            ),
+        )
         state.grouping = OwnRows()  # type: ignore[assignment]
         logits, after, _ = self.model.step(tokens, state)
-        grown = [
-            part.tensors() if isinstance(part, GrowingKeyValues) else [part] for part in after.cache
-        ]
-        return logits, *(tensor for part in grown for tensor in part)
+        grown: list[Tensor] = []
+        for part in after.cache:
+            grown += part.tensors() if isinstance(part, GrowingKeyValues) else [part]
+        return logits, *grown
 
 
 class GrowingKeyValues:
@@ -213,26 +219,32 @@ def write_graphs(folder: Path, model: CaptionModel, encoder: Encoder) -> None:
     batch, rows = torch.export.Dim("batch"), torch.export.Dim("rows")
     words = torch.export.Dim("words", max=longest_caption(model))
     size = encoder.preprocessing.size
-    pixels = torch.zeros(_EXAMPLES, size, size, 3, dtype=torch.uint8)
     graph: nn.Module = EncoderGraph(encoder, model.feature)
-    write_graph(folder / "encoder.onnx", graph, (pixels,), ({0: batch},), ["pixels"], ["features"])
+    write_graph(
+        folder / "encoder.onnx",
+        graph,
+        (torch.zeros(_EXAMPLES, size, size, 3, dtype=torch.uint8),),
+        ({0: batch},),
+        ["pixels"],
+        ["features"],
+    )
     features = torch.zeros(_EXAMPLES, *encoder.outputs[model.feature])
     memory = model.encode(features)
     names = [f"memory_{name}" for name in memory.tensors()]
     graph = MemoryGraph(model)
     first = graph(features)[len(names) :]
     caches = [f"cache_{i}" for i in range(len(first))]
-    outputs = names + caches
-    write_graph(folder / "memory.onnx", graph, (features,), ({0: batch},), ["features"], outputs)
+    write_graph(
+        folder / "memory.onnx", graph, (features,), ({0: batch},), ["features"], names + caches
+    )
     # A growing cache (layers, M, heads, T, width) starts empty: trace it with words in it.
     state: Any = model.start(memory)
     grown = [c.new_zeros(*c.shape[:3], _WORDS, c.shape[4]) if c.ndim == 5 else c for c in first]
     sizes = tuple({1: rows, 3: words} if c.ndim == 5 else {1: rows} for c in first)
-    tokens = torch.zeros(_EXAMPLES, dtype=torch.int64)
     write_graph(
         folder / "step.onnx",
         StepGraph(model, state),
-        (tokens, tuple(memory.tensors().values()), tuple(grown)),
+        (torch.zeros(_EXAMPLES, dtype=torch.int64), tuple(memory.tensors().values()), tuple(grown)),
         ({0: rows}, tuple({memory.axis: rows} for _ in names), sizes),
         ["tokens", *names, *caches],
         ["logits", *(f"next_{name}" for name in caches)],
@@ -253,7 +265,9 @@ def write_graph(
         CapGenError: it cannot be traced, or is too large.
     """
     try:
-        with _quiet():
+        with warnings.catch_warnings():  # the exporter's notes are for its own developers
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
             program = torch.export.export(
                 graph.eval(), inputs, dynamic_shapes=dynamic, strict=False
             )
@@ -269,26 +283,12 @@ def write_graph(
     except Exception as error:  # exporters raise many kinds
         reason = " ".join(str(error).split())[:300]
         raise CapGenError(f"cannot write the ONNX graph {path.stem}: {reason}", INSTALL) from error
+    finally:
+        logging.disable(logging.NOTSET)
     if path.stat().st_size > LARGEST:
         raise CapGenError(
             f"the {path.stem} is too large for one ONNX file", "export a smaller captioner"
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes for its own developers; failures raise errors anyway."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)
 
 
 # --- the check
@@ -320,10 +320,9 @@ def compare(exported: OnnxCaptioner, model: CaptionModel, encoder: Encoder) -> d
             pairs["step"].append((scores, logits))
             tokens = logits.argmax(-1)
     largest = {}
-    for name in GRAPHS:
-        differences = [float(np.abs(ours - theirs.numpy()).max()) for ours, theirs in pairs[name]]
-        scale = max(float(theirs.abs().max()) for _, theirs in pairs[name])
-        largest[name] = max(differences)
+    for name, both in pairs.items():
+        scale = max(float(theirs.abs().max()) for _, theirs in both)
+        largest[name] = max(float(np.abs(ours - theirs.numpy()).max()) for ours, theirs in both)
         if not largest[name] <= TOLERANCE * max(scale, 1.0):  # also true for NaN
             raise CapGenError(
                 f"the exported {name} differs from torch's by {largest[name]:.2g}", INSTALL

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.security import APIKeyHeader, HTTPBearer
+from prometheus_client import generate_latest
 from pydantic import ValidationError
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -118,9 +119,12 @@ class Service:
         options = read_options(form)
         served = self.captioners.get(options.model or self.default)
         if served is None:
-            problem = f"there is no captioner {options.model!r}"
-            known = ", ".join(self.captioners)
-            raise Problem(422, "unknown_model", problem, f"choose one of: {known}")
+            raise Problem(
+                422,
+                "unknown_model",
+                f"there is no captioner {options.model!r}",
+                f"choose one of: {', '.join(self.captioners)}",
+            )
         try:
             decoding = served.check(options)
         except CapGenError as error:
@@ -131,8 +135,10 @@ class Service:
                 return served.prepare(open_upload(file.read(), index, self.limits), options)
 
         run = asyncio.get_running_loop().run_in_executor
-        images = enumerate(form.getlist(IMAGE_FIELD))
-        items = [await run(self._decoders, open_one, i, upload) for i, upload in images]
+        items = [
+            await run(self._decoders, open_one, i, upload)
+            for i, upload in enumerate(form.getlist(IMAGE_FIELD))
+        ]
         return options, served, decoding, items
 
     async def _answer(
@@ -143,18 +149,21 @@ class Service:
             done = await self.batcher.submit(
                 (served.name, options.key()), [(options, item) for item in items]
             )
-        timing = Timing(
-            total_ms=round((time.monotonic() - started) * 1000, 1),
-            read_ms=round(read * 1000, 1),
-            queue_ms=round(max(each.waited for each in done) * 1000, 1),
-            model_ms=round(max(each.seconds for each in done) * 1000, 1),
-            batch=max(each.batch for each in done),
+        return Captions(
+            model=served.name,
+            decoding=decoding,
+            captions=[
+                caption_out(i, item, *each.result)
+                for i, (item, each) in enumerate(zip(items, done, strict=True))
+            ],
+            timing=Timing(
+                total_ms=round((time.monotonic() - started) * 1000, 1),
+                read_ms=round(read * 1000, 1),
+                queue_ms=round(max(each.waited for each in done) * 1000, 1),
+                model_ms=round(max(each.seconds for each in done) * 1000, 1),
+                batch=max(each.batch for each in done),
+            ),
         )
-        captions = [
-            caption_out(i, item, *each.result)
-            for i, (item, each) in enumerate(zip(items, done, strict=True))
-        ]
-        return Captions(model=served.name, decoding=decoding, captions=captions, timing=timing)
 
 
 def read_options(form: FormData) -> Options:
@@ -268,7 +277,7 @@ def create_app(
 async def answer_error(request: Request, error: Exception) -> Response:
     """Return the answer for an error of a route."""
     if isinstance(error, ClientDisconnect):
-        request.app.state.service.observer.left()
+        request.app.state.service.observer.left.inc()
         return JSONResponse(None, 499)  # web servers log this for a disconnected client
     if isinstance(error, HTTPException):
         status, headers = error.status_code, error.headers
@@ -284,10 +293,13 @@ def guarded_routes(service: Service, with_key: bool) -> APIRouter:
     The security declared here only documents the key, which ``Gate`` compares before any body is
     read.
     """
-    bearer = HTTPBearer(scheme_name="bearer", auto_error=False)
-    header = APIKeyHeader(name="X-API-Key", scheme_name="header", auto_error=False)
     router = APIRouter(
-        dependencies=[Security(bearer), Security(header)] if with_key else [],
+        dependencies=[
+            Security(HTTPBearer(scheme_name="bearer", auto_error=False)),
+            Security(APIKeyHeader(name="X-API-Key", scheme_name="header", auto_error=False)),
+        ]
+        if with_key
+        else [],
         responses=problems(401, 429) if with_key else problems(429),
     )
 
@@ -304,15 +316,19 @@ def guarded_routes(service: Service, with_key: bool) -> APIRouter:
 
     @router.get("/v1/models", tags=["captions"], summary="List the captioners")
     async def models() -> Models:
-        listed = [
-            served.describe(name == service.default) for name, served in service.captioners.items()
-        ]
         names = ("body_bytes", "images", "pixels", "seconds")
-        return Models(models=listed, limits={name: getattr(service.limits, name) for name in names})
+        return Models(
+            models=[
+                each.describe(each.name == service.default) for each in service.captioners.values()
+            ],
+            limits={name: getattr(service.limits, name) for name in names},
+        )
 
     @router.get("/metrics", tags=["health"], summary="Prometheus metrics", response_class=Response)
     async def metrics() -> Response:
-        return Response(service.observer.text(), media_type="text/plain; version=0.0.4")
+        return Response(
+            generate_latest(service.observer.registry), media_type="text/plain; version=0.0.4"
+        )
 
     return router
 

@@ -10,7 +10,6 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
-    generate_latest,
 )
 
 from capgen_utils.apps.serve.queueing import Done
@@ -23,6 +22,10 @@ class Observer:
 
     Args:
         waiting: returns how many images wait for the model.
+
+    Attributes:
+        registry: all counters.
+        left: counts clients that disconnected before their answer.
     """
 
     def __init__(self, waiting: Callable[[], int]) -> None:
@@ -39,7 +42,7 @@ class Observer:
         self._seconds = Histogram(
             "request_seconds", "Time to an answer", ["route"], buckets=_SECONDS, **common
         )
-        self._left = Counter(
+        self.left = Counter(
             "clients_left", "Clients that disconnected before their answer", **common
         )
         self._batch = Histogram(
@@ -59,17 +62,9 @@ class Observer:
         self._requests.labels(route, known, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def left(self) -> None:
-        """Count a client that disconnected before its answer."""
-        self._left.inc()
-
     def ran(self, done: Sequence[Done]) -> None:
         """Count a batch."""
         self._batch.observe(len(done))
         self._model.observe(done[0].seconds)
         for each in done:
             self._waited.observe(each.waited)
-
-    def text(self) -> bytes:
-        """Return all counters in the text format."""
-        return generate_latest(self.registry)

@@ -162,8 +162,8 @@ class _Body:
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         headers = Headers(scope=scope)
-        announced = headers.get("content-length", "0").strip("0")
         self._receive = receive
+        announced = headers.get("content-length", "0").strip("0")
         self._ended = "transfer-encoding" not in headers and not announced
 
     async def __call__(self) -> Message:
@@ -290,5 +290,5 @@ def client_key(scope: Scope) -> str:
         address = ipaddress.ip_address(host)
     except ValueError:
         return str(host)
-    network = (address, 64 if address.version == 6 else 32)
-    return str(ipaddress.ip_network(network, strict=False).network_address)
+    prefix = 64 if address.version == 6 else 32
+    return str(ipaddress.ip_network((address, prefix), strict=False).network_address)

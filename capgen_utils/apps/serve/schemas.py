@@ -33,14 +33,14 @@ def _bounds(name: str) -> dict[str, Any]:
     return {"ge": option.low, "le": min(option.high, _LIMITS.get(name, option.high))} | finite
 
 
-def _field(name: str) -> Any:
-    kind, option = OPTIONS[name]
-    return kind | None, Field(default=None, description=option.help, **_bounds(name))
-
-
 Temperature = Annotated[float, Field(**_bounds("temperatures"))]
-_Decoding: Any = create_model(
-    "_Decoding", **{name: _field(name) for name in OPTIONS if name != "temperatures"}
+_Decoding: Any = create_model(  # type: ignore[call-overload]
+    "_Decoding",
+    **{
+        name: (kind | None, Field(default=None, description=option.help, **_bounds(name)))
+        for name, (kind, option) in OPTIONS.items()
+        if name != "temperatures"
+    },
 )
 
 
@@ -254,21 +254,24 @@ class Problem(Exception):
     @classmethod
     def busy(cls, detail: str, code: str = "queue_full", seconds: int = 1) -> "Problem":
         """Return 503, with the ``seconds`` after which to try again."""
-        headers = {"Retry-After": str(seconds)}
-        return cls(503, code, detail, "try again a little later", headers=headers)
+        return cls(
+            503, code, detail, "try again a little later", headers={"Retry-After": str(seconds)}
+        )
 
     def response(self) -> JSONResponse:
         """Return the answer."""
-        body = {
-            "type": "about:blank",
-            "title": HTTPStatus(self.status).phrase,
-            "status": self.status,
-            "detail": self.detail,
-            "code": self.code,
-        }
-        optional = {"remedy": self.remedy, "errors": [dict(error) for error in self.errors]}
-        body |= {name: value for name, value in optional.items() if value}
-        return JSONResponse(body, self.status, self.headers, PROBLEM_TYPE)
+        body = ProblemOut(
+            type="about:blank",
+            title=HTTPStatus(self.status).phrase,
+            status=self.status,
+            detail=self.detail,
+            code=self.code,
+            remedy=self.remedy or None,
+            errors=[dict(error) for error in self.errors] or None,
+        )
+        return JSONResponse(
+            body.model_dump(exclude_none=True), self.status, self.headers, PROBLEM_TYPE
+        )
 
 
 # --- OpenAPI
@@ -323,23 +326,30 @@ def caption_request() -> dict[str, Any]:
         field |= kinds[0] if kinds else {}
         if field["default"] is None:
             del field["default"]
-    image = {
-        "type": "array",
-        "minItems": 1,
-        "items": {"type": "string", "format": "binary"},
-        "description": "an image file; repeat the field for several images",
-    }
     schema |= {"title": "CaptionRequest", "required": ["image"], "description": "Images, options."}
-    schema["properties"] = {"image": image} | schema["properties"]
+    schema["properties"] = {
+        "image": {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "string", "format": "binary"},
+            "description": "an image file; repeat the field for several images",
+        }
+    } | schema["properties"]
     chosen: dict[str, dict[str, Any]] = {
         "One image, greedy search": {"beam": 1},
         "Seven samples": {"top_p": 0.8, "temperature": 1.5, "candidates": 7, "seed": 1},
         "With attention maps": {"attention": True},
     }
-    examples = {
-        name: {"summary": name, "value": {"image": ["(file)"]} | options}
-        for name, options in chosen.items()
+    body = {
+        "schema": schema,
+        "examples": {
+            name: {"summary": name, "value": {"image": ["(file)"]} | options}
+            for name, options in chosen.items()
+        },
+        "encoding": {
+            "image": {
+                "contentType": "image/jpeg, image/png, image/webp, image/gif, image/bmp, image/tiff"
+            }
+        },
     }
-    formats = "image/jpeg, image/png, image/webp, image/gif, image/bmp, image/tiff"
-    body = {"schema": schema, "examples": examples, "encoding": {"image": {"contentType": formats}}}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": body}}}

@@ -82,9 +82,11 @@ class Served:
             CapGenError: see ``Captioner.from_bundle``.
         """
         captioner = Captioner.from_bundle(folder, device, encoder_weights, scorer, fp32)
-        included = scorer_folder(folder or DEFAULT_BUNDLE) is not None
-        clip = captioner.bundle.info["encoder"]["name"] in CLIPS
-        rerank = scorer is not None or included or clip
+        rerank = (
+            scorer is not None
+            or scorer_folder(folder or DEFAULT_BUNDLE) is not None
+            or captioner.bundle.info["encoder"]["name"] in CLIPS
+        )
         if rerank:
             captioner.scorer  # noqa: B018 - load it now, so that no request waits for it or fails
         return cls(name, captioner, rerank)
@@ -193,11 +195,15 @@ def attention_out(maps: CaptionMaps, size: tuple[int, int]) -> Attention:
     """Return the maps of a caption over an image of ``size`` (width, height)."""
     weights = maps.of(MEAN)
     side = grid_side(weights.shape[1])
-    words = [
-        WordAttention(text=word.text, weights=[round(value, 5) for value in row.tolist()])
-        for word, row in zip(maps.words, weights, strict=True)
-    ]
-    return Attention(rows=side, columns=side, region=region(size, maps.preprocessing), words=words)
+    return Attention(
+        rows=side,
+        columns=side,
+        region=region(size, maps.preprocessing),
+        words=[
+            WordAttention(text=word.text, weights=[round(value, 5) for value in row.tolist()])
+            for word, row in zip(maps.words, weights, strict=True)
+        ],
+    )
 
 
 def region(size: tuple[int, int], preprocessing: Preprocessing) -> Region:

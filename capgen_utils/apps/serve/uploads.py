@@ -107,9 +107,13 @@ def open_upload(data: bytes, index: int, limits: Limits) -> Image.Image:
     """
 
     def problem(detail: str, remedy: str, status: int = 422) -> Problem:
-        code = "bad_image" if status == 422 else "image_too_large"
-        errors = [{"image": index, "detail": detail}]
-        return Problem(status, code, f"image {index} {detail}", remedy, errors)
+        return Problem(
+            status,
+            "bad_image" if status == 422 else "image_too_large",
+            f"image {index} {detail}",
+            remedy,
+            [{"image": index, "detail": detail}],
+        )
 
     if not data:
         raise problem("is empty", "choose a file that holds an image")

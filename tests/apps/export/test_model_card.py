@@ -10,8 +10,8 @@ from helpers import PHOTOS, need, save_tiny_bundle
 
 from capgen_utils import Captioner
 from capgen_utils.apps.cli.main import main
-from capgen_utils.apps.export import model_card
-from capgen_utils.apps.export.facts import bundle_facts
+from capgen_utils.apps.export import bundles
+from capgen_utils.apps.export.bundles import bundle_facts
 from capgen_utils.captioner import DEFAULT_BUNDLE
 from capgen_utils.common import paths
 from capgen_utils.common.files import CapGenError
@@ -55,7 +55,7 @@ def test_the_folder_is_a_bundle_with_all_its_parts(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle", dataset="shapes")
     (bundle / "notes.txt").write_text("mine")
     (bundle / "link.json").symlink_to(bundle / "config.json")
-    model_card.export_hub(bundle, tmp_path / "hub")
+    bundles.export_hub(bundle, tmp_path / "hub")
     files = {
         path.relative_to(tmp_path / "hub").as_posix()
         for path in (tmp_path / "hub").rglob("*")
@@ -83,7 +83,7 @@ def test_a_bundle_from_elsewhere_does_not_write_the_card(tmp_path: Path) -> None
         dev={"BLEU-4": 1.5, evil: 2.0, "protocol": evil, "n": "3"},
         training_run={"epochs": evil},
     )
-    card = model_card.model_card(bundle_facts(bundle))
+    card = bundles.model_card(bundle_facts(bundle))
     body = card.split("---\n", 2)[2]
     assert metadata_of(card)["license"] == "other"
     assert (
@@ -98,7 +98,7 @@ def test_a_damaged_bundle_has_no_card(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
     (bundle / "model.safetensors").write_bytes(b"short")
     with pytest.raises(CapGenError):
-        model_card.export_hub(bundle, tmp_path / "hub")
+        bundles.export_hub(bundle, tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
 
 
@@ -166,9 +166,9 @@ def test_pushing_makes_a_private_model_or_says_why_not(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     if fails:
         with pytest.raises(CapGenError, match="nobody answers"):
-            model_card.push(tmp_path, "me/mine")
+            bundles.push(tmp_path, "me/mine")
         return
-    assert model_card.push(tmp_path, "me/mine") == "https://hub.example/me/mine"
+    assert bundles.push(tmp_path, "me/mine") == "https://hub.example/me/mine"
     assert hub.asked[0] == ("me/mine", {"exist_ok": True, "private": True})
     assert hub.asked[1][1]["folder_path"] == tmp_path
 

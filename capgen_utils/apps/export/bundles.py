@@ -1,15 +1,19 @@
-"""A bundle as a folder for the Hugging Face hub: its files, and a model card made from them."""
+"""Bundles in other forms: facts, a folder with a model card for the hub, 8 bits per weight."""
 
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from capgen_utils.apps.export.facts import as_mapping, bundle_facts, encoder_source, pairs
+import torch
+
+from capgen_utils.bundle import load_bundle, save_bundle, scorer_folder
 from capgen_utils.common.files import CapGenError, atomic_path
 from capgen_utils.common.paths import repository_address
+from capgen_utils.common.tensors import round_to_bytes
 
 LOG_IN = (
     "get a token (huggingface.co, Settings, Access Tokens), then: hf auth login, or set HF_TOKEN"
@@ -67,6 +71,127 @@ image.
 """
 
 
+def write_small(folder: Path, output: Path) -> None:
+    """Write a bundle with 8 bits for each weight of its matrices, about half its size.
+
+    An encoder or CLIP inside the bundle is rounded too.
+
+    Args:
+        folder: a bundle.
+        output: replaced if it exists.
+
+    Raises:
+        CapGenError: the bundle is damaged, or ``output`` cannot be written.
+    """
+    bundle = load_bundle(folder)
+    encoder, scorer = bundle.build_encoder(), bundle.build_scorer()
+    if scorer is not None and scorer.images.weights_hash() == encoder.weights_hash():
+        encoder = scorer.images
+    if scorer is not None and scorer.source is None:
+        round_to_bytes(scorer.clip)
+    for each in (encoder, encoder.stem):
+        if each is not None and not each.public:
+            round_to_bytes(each.trunk)
+    round_to_bytes(bundle.model)
+    bundle.info["encoder"] = encoder.describe()
+    save_bundle(output, bundle, encoder, torch.float32, scorer)
+
+
+# --- facts
+
+
+def bundle_facts(folder: Path) -> dict[str, Any]:
+    """Return the facts about the bundle in ``folder``, checked as ``load_bundle`` does.
+
+    Returns:
+        Model, number of parameters, hyperparameters, the features it reads, encoder, vocabulary,
+        decoding defaults, training, dev scores with their protocol, and the files' sizes in bytes.
+        Anything the bundle does not record is ``None``.
+
+    Raises:
+        CapGenError: it is damaged.
+    """
+    bundle, folder = load_bundle(folder), Path(folder)
+    info, tokenizer = bundle.info, bundle.tokenizer
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    encoder = ("name", "weights_hash", "public", "preprocessing")
+    training = ("preset", "dataset", "step", "revision", "training")
+    return {
+        "bundle": str(folder),
+        "model": info["model"],
+        "parameters": sum(p.numel() for p in bundle.model.parameters()),
+        "hyperparameters": asdict(bundle.model.config),
+        "feature": info["feature"],
+        "encoder": {
+            **{key: info["encoder"].get(key) for key in encoder},
+            "extraction_dtype": info["extraction_dtype"],
+            "included": (folder / "encoder").is_dir(),
+        },
+        "scorer_included": scorer_folder(folder) is not None,
+        "vocabulary": {
+            "kind": tokenizer.kind,
+            "tokens": len(tokenizer),
+            "never_said": len(tokenizer.banned_ids),
+        },
+        "decoding": bundle.decoding.to_json(),
+        "training": {key: info.get(key) for key in training} | {"run": info.get("training_run")},
+        "dev": info.get("dev"),
+        "files": files,
+        "bytes": sum(files.values()),
+    }
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """Return the facts as a table of two columns, without the unknown ones."""
+    encoder, training, vocabulary = facts["encoder"], facts["training"], facts["vocabulary"]
+    run, dev = as_mapping(training["run"]), as_mapping(facts["dev"])
+    shape = " x ".join(map(str, facts["feature"]["shape"]))
+    rows = {
+        "bundle": f"{facts['bundle']} ({facts['bytes'] / 1e6:.1f} MB)",
+        "model": f"{facts['model']}, {facts['parameters']:,} parameters",
+        "hyperparameters": pairs(facts["hyperparameters"]),
+        "encoder": f"{encoder['name']}, {encoder_source(facts)}, hash {encoder['weights_hash']}, "
+        f"{encoder['extraction_dtype']}",
+        "reads": f"{facts['feature']['output']} {shape}",
+        "preprocessing": pairs(encoder["preprocessing"]),
+        "re-ranking": "its own CLIP is in the bundle" if facts["scorer_included"] else "",
+        "vocabulary": f"{vocabulary['tokens']:,} tokens ({vocabulary['kind']})",
+        "decoding": pairs(facts["decoding"]),
+        "trained on": ", ".join(str(training[k]) for k in ("dataset", "preset") if training[k]),
+        "training": pairs({k: run.get(k) for k in ("epochs", "best_epoch", "minutes", "dtype")}),
+        "recipe": pairs(as_mapping(training["training"])),
+        "code": str(training["revision"] or ""),
+        "dev scores": pairs({k: f"{v:.2f}" for k, v in dev.items() if isinstance(v, float)}),
+        "protocol": str(dev.get("protocol", "")),
+        "files": ", ".join(f"{name} {size:,}" for name, size in facts["files"].items()),
+    }
+    return "\n".join(f"{name:16s} {value}" for name, value in rows.items() if value)
+
+
+def encoder_source(facts: Mapping[str, Any]) -> str:
+    """Return where the encoder's weights come from."""
+    if facts["encoder"]["included"]:
+        return "weights included"
+    return "published weights" if facts["encoder"]["public"] else "weights not included"
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """Return ``value`` if it is a mapping, else an empty one: a bundle may come from anywhere."""
+    return value if isinstance(value, dict) else {}
+
+
+def pairs(values: Mapping[str, Any]) -> str:
+    """Return the known values with their names on one line."""
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+
+
+# --- the model card
+
+
 def export_hub(folder: Path, output: Path) -> dict[str, Any]:
     """Write the bundle in ``folder``, checked, with a model card, in one atomic step.
 
@@ -75,7 +200,7 @@ def export_hub(folder: Path, output: Path) -> dict[str, Any]:
         output: replaced if it exists; ``Captioner.from_bundle`` loads it.
 
     Returns:
-        The facts of the card; see ``facts.bundle_facts``.
+        The facts of the card; see ``bundle_facts``.
 
     Raises:
         CapGenError: the bundle is damaged, or the folder cannot be written.
@@ -108,13 +233,6 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "decoding": pairs(facts["decoding"]),
         "re-ranking": f"{'by the' if facts['scorer_included'] else 'no'} CLIP in this folder",
     }
-    history = {
-        "dataset": training["dataset"],
-        "preset": training["preset"],
-        "run": pairs({key: run.get(key) for key in ("epochs", "best_epoch", "minutes")}),
-        "recipe": pairs(as_mapping(training["training"])),
-        "code": training["revision"],
-    }
     return str(
         ModelCard.from_template(
             metadata(facts, name),
@@ -126,7 +244,19 @@ def model_card(facts: Mapping[str, Any]) -> str:
             source=encoder_source(facts),
             address=repository_address(),
             architecture={key: plain(value) for key, value in architecture.items()},
-            training={key: plain(value) for key, value in history.items() if value},
+            training={
+                key: plain(value)
+                for key, value in {
+                    "dataset": training["dataset"],
+                    "preset": training["preset"],
+                    "run": pairs(
+                        {key: run.get(key) for key in ("epochs", "best_epoch", "minutes")}
+                    ),
+                    "recipe": pairs(as_mapping(training["training"])),
+                    "code": training["revision"],
+                }.items()
+                if value
+            },
             scores={plain(metric): f"{value:.2f}" for metric, value in dev_scores(facts).items()},
             protocol=plain(as_mapping(facts["dev"]).get("protocol", "not recorded")),
             licence=licence(training["dataset"]),
@@ -166,8 +296,11 @@ def metadata(facts: Mapping[str, Any], name: str) -> Any:
 
 def dev_scores(facts: Mapping[str, Any]) -> dict[str, float]:
     """Return the dev scores in the bundle."""
-    scores = as_mapping(facts["dev"]).items()
-    return {key: value for key, value in scores if isinstance(value, float) and key.isprintable()}
+    return {
+        key: value
+        for key, value in as_mapping(facts["dev"]).items()
+        if isinstance(value, float) and key.isprintable()
+    }
 
 
 def licence(dataset: Any) -> str:
@@ -175,13 +308,12 @@ def licence(dataset: Any) -> str:
     if dataset in DRAWN:
         return "Code and weights: MIT. The training images were drawn by the package itself."
     data = (
-        "The use of the weights depends on the images and captions of their training: explain it."
+        f"The training images and captions ({dataset}) belong to others and are for "
+        "non-commercial research and teaching; use these weights accordingly."
+        if dataset in RESEARCH
+        else "The use of the weights depends on the images and captions of their training: "
+        "explain it."
     )
-    if dataset in RESEARCH:
-        data = (
-            f"The training images and captions ({dataset}) belong to others and are for "
-            "non-commercial research and teaching; use these weights accordingly."
-        )
     return f"The code is MIT. {data} The encoder's weights have their own licence."
 
 
