@@ -74,7 +74,7 @@ def test_badges_open_the_default_branch_or_the_tag_of_a_release() -> None:
         assert text.count(f"{owner}/blob/{ref}/notebooks/03_show_and_tell.ipynb") == 2
         assert "colab.research.google.com/github/" in text and "kaggle.com/kernels" in text
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert stamping.RELEASE_TAG == f"v{project['version']}"
+    assert f"v{project['version']}" == stamping.RELEASE_TAG
 
 
 def notebook_of(*sources: str) -> Any:

@@ -233,6 +233,13 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "decoding": pairs(facts["decoding"]),
         "re-ranking": f"{'by the' if facts['scorer_included'] else 'no'} CLIP in this folder",
     }
+    history = {
+        "dataset": training["dataset"],
+        "preset": training["preset"],
+        "run": pairs({key: run.get(key) for key in ("epochs", "best_epoch", "minutes")}),
+        "recipe": pairs(as_mapping(training["training"])),
+        "code": training["revision"],
+    }
     return str(
         ModelCard.from_template(
             metadata(facts, name),
@@ -244,19 +251,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
             source=encoder_source(facts),
             address=repository_address(),
             architecture={key: plain(value) for key, value in architecture.items()},
-            training={
-                key: plain(value)
-                for key, value in {
-                    "dataset": training["dataset"],
-                    "preset": training["preset"],
-                    "run": pairs(
-                        {key: run.get(key) for key in ("epochs", "best_epoch", "minutes")}
-                    ),
-                    "recipe": pairs(as_mapping(training["training"])),
-                    "code": training["revision"],
-                }.items()
-                if value
-            },
+            training={key: plain(value) for key, value in history.items() if value},
             scores={plain(metric): f"{value:.2f}" for metric, value in dev_scores(facts).items()},
             protocol=plain(as_mapping(facts["dev"]).get("protocol", "not recorded")),
             licence=licence(training["dataset"]),

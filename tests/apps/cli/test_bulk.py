@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from helpers import combinations, run_and_kill, run_script, save_tiny_bundle, two_tone
 
+from capgen_utils import captioner as captioning
 from capgen_utils.apps.cli import bulk
 from capgen_utils.apps.cli import main as cli
 from capgen_utils.apps.cli.bulk import (
@@ -27,7 +28,6 @@ from capgen_utils.apps.cli.bulk import (
 from capgen_utils.captioner import Captioner
 from capgen_utils.common.files import CapGenError
 from capgen_utils.decoding.captions import Candidate, Caption
-from capgen_utils.vision import features
 
 JSONL, CSV = Style("jsonl"), Style("csv", candidates=2)
 
@@ -251,9 +251,9 @@ def test_images_and_captions_are_freed(
     captioner: Captioner, paths: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     images, captions = Alive(), Alive()
-    opened, said = features.open_image, captioner._result
-    monkeypatch.setattr(features, "open_image", lambda source: images.count(opened(source)))
-    monkeypatch.setattr(captioner, "_result", lambda *found: captions.count(said(*found)))
+    opened, said = captioning.open_image, captioning.caption_of
+    monkeypatch.setattr(captioning, "open_image", lambda source: images.count(opened(source)))
+    monkeypatch.setattr(captioning, "caption_of", lambda *found: captions.count(said(*found)))
     many = [path for path in paths if path != paths[4]] * 6
     read = 0
     with CaptionFile(tmp_path / "out.csv", CSV, {}, many, 4) as file:

@@ -361,8 +361,8 @@ def name_another_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "problem"),
     [
-        (swap_step_for_memory, "do not fit"),
-        (write_nonsense, "no graph"),
+        (swap_step_for_memory, "do not match"),
+        (write_nonsense, "ONNX Runtime cannot load"),
         (name_another_file, "other files"),
     ],
 )
