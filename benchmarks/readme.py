@@ -411,7 +411,7 @@ def picture(path: Path = RESULTS / "readme.png") -> None:
     import matplotlib.pyplot as plt
 
     from capgen_utils import Captioner
-    from capgen_utils.show.plots.looks import overlay, scale_top
+    from capgen_utils.show.plots.photographs import overlay, scale_top
 
     judged = read("readme")
     captioner = Captioner.from_bundle(REPOSITORY / judged["bundle"])

@@ -36,10 +36,12 @@ PHOTO = PHOTOS / "dog_panting.jpg"
 CONTENT = PHOTO.read_bytes()
 
 
-def tiny_captioner(model: str = "transformer", scorer: Any = None) -> Captioner:
+def tiny_captioner(
+    model: str = "transformer", scorer: Any = None, dtype: str = "float32"
+) -> Captioner:
     encoder, tokenizer = tiny_encoder(), tiny_tokenizer()
     decoding = {"beam": 2, "max_length": 6, "min_length": 2}
-    info = {"extraction_dtype": "float32", "decoding": decoding, "encoder": encoder.describe()}
+    info = {"extraction_dtype": dtype, "decoding": decoding, "encoder": encoder.describe()}
     bundle = Bundle(tiny_model(model, tokenizer), tokenizer, info)
     return Captioner(bundle, encoder, torch.device("cpu"), scorer)
 
@@ -299,8 +301,7 @@ def test_a_captioner_that_was_loaded_before_stays_as_it_is_and_the_box_says_how(
     tmp_path: Path,
 ) -> None:
     save_tiny_bundle(tmp_path)
-    exact, half = tiny_captioner(), tiny_captioner()
-    half.bundle.info["extraction_dtype"] = "bfloat16"
+    exact, half = tiny_captioner(), tiny_captioner(dtype="bfloat16")
     demo = demo_of(half=half, exact=exact, folder=tmp_path)
     boxes = {}
     for name in ("half", "exact", "folder"):

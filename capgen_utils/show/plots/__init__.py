@@ -12,18 +12,16 @@ from capgen_utils.show.plots.charts import (
     read_log,
     word_frequencies,
 )
-from capgen_utils.show.plots.looks import (
+from capgen_utils.show.plots.photographs import (
     attention_layers,
     attention_panel,
     attention_step,
-    overlay,
-    scale_top,
-)
-from capgen_utils.show.plots.photographs import (
     best_and_worst,
     caption_similarity,
     draw_grid,
     embedding_map,
+    overlay,
+    scale_top,
     show_images,
     similarity_matrix,
 )

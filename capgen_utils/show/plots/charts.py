@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from capgen_utils.common.files import CapGenError
-from capgen_utils.show.plots.style import PALETTE, new_figure
+from capgen_utils.show.plots.style import PALETTE, horizontal, new_figure
 
 # Keeps text legible on a line.
 _BOX: Any = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
@@ -33,8 +32,12 @@ def length_histogram(lengths: Sequence[int], limit: int | None = None) -> Figure
     ax.bar(range(len(counts)), counts, color=PALETTE[0], width=0.85)
     ax.axvline(float(values.mean()), color=PALETTE[1], label=f"mean {values.mean():.1f} words")
     if limit is not None:
-        label = f"longest kept: {limit}; {(values > limit).mean():.1%} are longer"
-        ax.axvline(limit + 0.5, color=PALETTE[6], linestyle="--", label=label)
+        ax.axvline(
+            limit + 0.5,
+            color=PALETTE[6],
+            linestyle="--",
+            label=f"longest kept: {limit}; {(values > limit).mean():.1%} are longer",
+        )
     ax.set_ylim(0, 1.3 * counts.max())  # room for the legend
     ax.set(xlabel="words in a caption", ylabel="captions", title="How long are captions?")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -47,13 +50,18 @@ def word_frequencies(counts: Mapping[str, int], top: int = 20) -> Figure:
     ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     words, frequencies = zip(*ranked, strict=True)
     figure, (left, right) = new_figure(1, 2, (9.0, max(3.2, 0.19 * min(top, len(ranked)) + 0.8)))
-    _horizontal(left).barh(words[:top], frequencies[:top], color=PALETTE[0])
-    title = f"The {len(words[:top])} most frequent words"
-    left.set(xlabel="occurrences", ylabel="word", title=title)
-    ranks = range(1, len(ranked) + 1)
-    right.loglog(ranks, frequencies, marker=".", markersize=4, linewidth=1)
-    title = f"All {len(ranked):,} words by rank"
-    right.set(xlabel="rank of the word", ylabel="occurrences", title=title)
+    horizontal(left).barh(words[:top], frequencies[:top], color=PALETTE[0])
+    left.set(
+        xlabel="occurrences",
+        ylabel="word",
+        title=f"The {len(words[:top])} most frequent words",
+    )
+    right.loglog(range(1, len(ranked) + 1), frequencies, marker=".", markersize=4, linewidth=1)
+    right.set(
+        xlabel="rank of the word",
+        ylabel="occurrences",
+        title=f"All {len(ranked):,} words by rank",
+    )
     return figure
 
 
@@ -67,7 +75,7 @@ def bars(
     """Draw one horizontal bar per name with its value; the bar named ``reference`` stands out."""
     figure, (ax,) = new_figure(size=(6.4, 0.34 * len(values) + 1.1))
     colours = [PALETTE[1] if name == reference else PALETTE[0] for name in values]
-    drawn = _horizontal(ax).barh(list(values), list(values.values()), color=colours)
+    drawn = horizontal(ax).barh(list(values), list(values.values()), color=colours)
     ax.bar_label(drawn, fmt=f"%.{decimals}f", padding=3)
     ax.margins(x=0.12)
     ax.set(xlabel=xlabel, title=title)
@@ -96,30 +104,20 @@ def interval_bars(
         values = np.array([rows[name].get(metric, (np.nan,) * 3) for name in rows])  # (rows, 3)
         middle, low, high = values.T
         errors = np.stack([middle - low, high - middle]).clip(min=0)  # (2, rows)
-        _horizontal(ax).barh(list(rows), middle, xerr=errors, **bar_style)
+        horizontal(ax).barh(list(rows), middle, xerr=errors, **bar_style)
         decimals = 2 if np.nanmax(np.abs(values)) < 10 else 1
         for row, (value, _, end) in enumerate(values):
             if np.isfinite(value):
                 ax.annotate(f"{value:.{decimals}f}", (max(end, value, 0), row), (4, 0), **beside)
-        label, line = (
-            xlabel or metric,
-            chance.get(metric) if isinstance(chance, Mapping) else chance,
-        )
+        ax.set(xlabel=xlabel or metric, title=metric if xlabel else "")
+        line = chance.get(metric) if isinstance(chance, Mapping) else chance
         if line is not None:
             ax.axvline(line, color=PALETTE[1], linestyle="--")
-            label += f"\n(dashed: chance {line:.2g})"
+            ax.set_xlabel(f"{xlabel or metric}\n(dashed: chance {line:.2g})")
         ax.margins(x=0.2)
-        ax.set(xlabel=label, title=metric if xlabel else "")
     for ax in axes[1:]:
         ax.set_yticks(range(len(rows)), [""] * len(rows))
     return figure
-
-
-def _horizontal(ax: Axes) -> Axes:
-    """Prepare an axis for horizontal bars, the first one on top."""
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-    return ax
 
 
 # --- training
@@ -136,11 +134,13 @@ def read_log(run: Path) -> list[dict[str, Any]]:
         lines = filter(str.strip, path.read_text(encoding="utf-8").splitlines())
         by_epoch = {int(entry["epoch"]): entry for entry in map(json.loads, lines)}
     except OSError as error:
-        remedy = "name the folder of a run"
-        raise CapGenError(f"cannot read {path}: {error.strerror}", remedy) from error
+        raise CapGenError(
+            f"cannot read {path}: {error.strerror}", "name the folder of a run"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        remedy = "train again in another folder"
-        raise CapGenError(f"{path} is damaged ({error})", remedy) from error
+        raise CapGenError(
+            f"{path} is damaged ({error})", "train again in another folder"
+        ) from error
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
@@ -154,16 +154,16 @@ def learning_curves(runs: Mapping[str, Path]) -> Figure:
     text: Any = {"textcoords": "offset points", "ha": "center", "bbox": _BOX}
     for (name, run), colour in zip(runs.items(), itertools.cycle(PALETTE), strict=False):
         log = read_log(run)
-        epochs, losses = [e["epoch"] for e in log], [e["train_loss"] for e in log]
-        loss.plot(epochs, losses, "--", color=colour, label=f"{name}, train")
-        evaluated = [entry for entry in log if "dev_loss" in entry]
-        epochs, losses = [e["epoch"] for e in evaluated], [e["dev_loss"] for e in evaluated]
-        loss.plot(epochs, losses, ".-", color=colour, label=f"{name}, dev")
-        points = [entry["BLEU-4"] for entry in evaluated]
-        score.plot(epochs, points, ".-", color=colour, label=name)
-        if points:
-            best = int(np.argmax(points))
-            score.annotate(f"{points[best]:.1f}", (epochs[best], points[best]), (0, 6), **text)
+        for ax, key, line, label in (
+            (loss, "train_loss", "--", f"{name}, train"),
+            (loss, "dev_loss", ".-", f"{name}, dev"),
+            (score, "BLEU-4", ".-", name),
+        ):
+            points = [(entry["epoch"], entry[key]) for entry in log if key in entry]
+            ax.plot(*np.reshape(points, (-1, 2)).T, line, color=colour, label=label)
+        if points:  # of BLEU-4
+            best = max(points, key=lambda point: point[1])
+            score.annotate(f"{best[1]:.1f}", best, (0, 6), **text)
     loss.set(xlabel="epoch", ylabel="loss (nats per token)", title="Loss")
     score.set(xlabel="epoch", ylabel="BLEU-4", title="BLEU-4 of greedy captions, dev images")
     score.margins(y=0.15)

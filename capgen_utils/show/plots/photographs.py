@@ -1,19 +1,52 @@
-"""Photographs: contact sheets, an encoder's grid, similarities. See notebooks 01, 02 and 06."""
+"""Photographs: contact sheets, an encoder's grid, similarities, and attention laid over them.
+
+Notebooks 01, 02, 04, 06 and 10 use them.
+"""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from PIL import Image
 
 from capgen_utils.common.files import CapGenError
 from capgen_utils.data.images import ImageLike, open_image
-from capgen_utils.show.plots.style import COLOUR_MAP, PALETTE, STYLE, new_figure
-from capgen_utils.vision.preprocessing import Preprocessing, grid_side
+from capgen_utils.decoding.captions import NextWord
+from capgen_utils.show.plots.style import COLOUR_MAP, HEAT, PALETTE, horizontal, new_figure
+from capgen_utils.vision.preprocessing import Preprocessing, grid_side, seen_box, upsample
+
+SCALE = "attention, 1 = even over the image"
+_LONGEST = 640  # pixels of a photograph under attention; no panel is larger on paper
+
+
+def _sheet(
+    pictures: Sequence[Any],
+    titles: Sequence[str],
+    columns: int,
+    size: tuple[float, float],
+    margin: tuple[float, float],
+    interpolation: str | None = None,
+    **style: Any,
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of pictures in rows; ``size`` of each and ``margin`` of all in inches."""
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure, axes = new_figure(
+        rows, columns, (columns * size[0] + margin[0], rows * size[1] + margin[1])
+    )
+    for ax in axes:
+        ax.axis("off")
+    for ax, picture, title in zip(axes, pictures, titles, strict=False):
+        ax.imshow(picture, interpolation=interpolation)
+        ax.set_title(title, loc="center", **style)
+    return figure, axes
 
 
 def show_images(
@@ -43,17 +76,10 @@ def show_images(
     width = title_width or int(11 * size)
     wrapped = ["\n".join(textwrap.wrap(title, width)) for title in titles or [""] * len(images)]
     pictures = [open_image(image) for image in images]
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
     lines = max(text.count("\n") + 1 if text else 0 for text in wrapped)
     height = size * min(1, max(picture.height / picture.width for picture in pictures))
-    figure, axes = new_figure(rows, columns, (columns * size, rows * (height + 0.2 * lines) + 0.15))
-    for ax in axes:
-        ax.axis("off")
-    for ax, picture, text in zip(axes, pictures, wrapped, strict=False):
-        ax.imshow(picture, interpolation="nearest")
-        ax.set_title(text, fontsize=9, loc="center")
-    return figure
+    shape = (size, height + 0.2 * lines)
+    return _sheet(pictures, wrapped, columns, shape, (0, 0.15), "nearest", fontsize=9)[0]
 
 
 def draw_grid(
@@ -81,9 +107,9 @@ def draw_grid(
         after.axvline(i * step, color="white", linewidth=0.8)
         after.axhline(i * step, color="white", linewidth=0.8)
     box = {"boxstyle": "round,pad=0.1", "facecolor": "black", "alpha": 0.45, "linewidth": 0}
-    style: Any = {"color": "white", "fontsize": 6, "ha": "center", "va": "center", "bbox": box}
     for i in range(cells if number else 0):
-        after.text((i % side + 0.5) * step, (i // side + 0.5) * step, str(i), **style)
+        x, y = (i % side + 0.5) * step, (i // side + 0.5) * step
+        after.text(x, y, str(i), color="white", fontsize=6, ha="center", va="center", bbox=box)
     return figure
 
 
@@ -98,23 +124,17 @@ def similarity_matrix(features: Any, images: Sequence[ImageLike], size: float = 
     values = np.asarray(features, dtype=np.float32)
     values = values / np.linalg.norm(values, axis=1, keepdims=True)
     similarity = values @ values.T  # (images, images)
-    count = len(images)
-    figure, _ = new_figure(size=(size, size * 0.9))
-    figure.clear()
-    with mpl.rc_context(STYLE):
-        axes = figure.subplots(
-            count + 1, count + 1, squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02}
-        )
-        main = figure.add_subplot(axes[0, 0].get_gridspec()[1:, 1:])
-    for ax in axes.flat:
+    side = len(images) + 1
+    gaps = {"wspace": 0.02, "hspace": 0.02}
+    figure, axes = new_figure(side, side, (size, size * 0.9), gridspec_kw=gaps)
+    main = figure.add_subplot(axes[0].get_gridspec()[1:, 1:])  # type: ignore[union-attr,index]
+    for ax in figure.axes:
         ax.axis("off")
-    for i, image in enumerate(images):
-        thumbnail = open_image(image).resize((64, 64))
-        axes[0, i + 1].imshow(thumbnail)
-        axes[i + 1, 0].imshow(thumbnail)
+    for image, above, beside in zip(images, axes[1:], axes[side::side], strict=False):
+        for ax in (above, beside):
+            ax.imshow(open_image(image).resize((64, 64)))
     low = min(0.0, float(similarity.min()))
     drawn = main.imshow(similarity, vmin=low, vmax=1, aspect="auto", cmap=COLOUR_MAP)
-    main.axis("off")
     _write_values(main, similarity, low + 0.6 * (1 - low))
     figure.colorbar(drawn, ax=axes, shrink=0.7, label="cosine similarity")
     return figure
@@ -188,7 +208,7 @@ def best_and_worst(
         name: of the score.
 
     Raises:
-        CapGenError: their numbers differ, or there are none.
+        CapGenError: their numbers differ, or there is no image.
     """
     if not len(images) or not len(images) == len(captions) == len(scores):
         raise CapGenError(
@@ -238,8 +258,183 @@ def embedding_map(
     style: Any = {"textcoords": "offset points", "fontsize": 8, "zorder": 5, "bbox": box}
     for point, text in zip(words, captions, strict=True):
         ax.annotate("\n".join(textwrap.wrap(text, 24)), point, (5, 4), **style)
-    first, second = strengths[:2] ** 2 / (strengths**2).sum()
-    ax.set_xlabel(f"direction 1 ({first:.0%} of the variance of the images)")
-    ax.set_ylabel(f"direction 2 ({second:.0%} of the variance of the images)")
+    first, second = (
+        f"direction {number} ({share:.0%} of the variance of the images)"
+        for number, share in enumerate(strengths[:2] ** 2 / (strengths**2).sum(), 1)
+    )
+    ax.set(xlabel=first, ylabel=second)
     ax.margins(0.12)
+    return figure
+
+
+# --- attention
+
+
+def _maps(weights: Any, words: int) -> np.ndarray:
+    """Return weights as (words, N), heads averaged, in multiples of even attention (1/N)."""
+    values = np.asarray(weights, dtype=np.float32)
+    values = values.mean(1) if values.ndim == 3 else values  # (words, heads, N) -> (words, N)
+    if len(values) != words or values.ndim != 2:
+        raise CapGenError(
+            f"{words} words do not belong to weights {np.shape(weights)}",
+            "pass one row of weights per word",
+        )
+    return values * values.shape[1]
+
+
+def scale_top(maps: Any) -> float:
+    """Return the top of a colour scale for maps (words, N), in multiples of even attention.
+
+    It is the median of the words' peaks, so that a single word that looks at a single cell does not
+    darken the others. Higher values get the last colour.
+    """
+    values = np.asarray(maps, dtype=np.float32)
+    return max(1.5, float(np.median(values.max(-1))))
+
+
+def overlay(
+    image: ImageLike, weights: Any, preprocessing: Preprocessing | None = None, top: float = 1
+) -> np.ndarray:
+    """Return a grey photograph with attention smoothly laid over it: (H, W, 3), uint8.
+
+    The more attention, the brighter and the less transparent. The region of a cropped photograph
+    that the encoder did not see is faded to white.
+
+    Args:
+        image: before preprocessing.
+        weights: (N,) over a square grid.
+        preprocessing: the encoder's: the region of the image that the grid covers; ``None`` for all
+            of it.
+        top: the weight that gets the last colour.
+    """
+    picture = open_image(image)
+    level = np.clip(upsample(weights, picture.size, preprocessing) / top, 0, 1)  # (H, W)
+    grey = 0.08 + 0.55 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255
+    share = 0.15 + 0.6 * level[..., None]  # (H, W, 1)
+    shown = share * mpl.colormaps[HEAT](level)[..., :3] + (1 - share) * grey  # (H, W, 3)
+    left, upper, right, lower = seen_box(picture.size, preprocessing)
+    faded = np.ones(level.shape, dtype=bool)
+    faded[upper:lower, left:right] = False
+    shown[faded] = 0.75 + 0.25 * np.broadcast_to(grey, shown.shape)[faded]
+    return (255 * shown).round().astype(np.uint8)
+
+
+def _small(image: ImageLike) -> Image.Image:
+    picture = open_image(image)
+    picture.thumbnail((_LONGEST, _LONGEST))
+    return picture
+
+
+def _add_scale(figure: Figure, axes: Sequence[Axes], top: float) -> None:
+    colours = ScalarMappable(Normalize(0, top), HEAT)
+    bar = figure.colorbar(colours, ax=list(axes), extend="max", shrink=0.8, fraction=0.05, pad=0.01)
+    bar.set_label(SCALE, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _bare(ax: Axes) -> None:
+    """Strip an axis of all but its picture, title and label."""
+    ax.set(xticks=[], yticks=[])
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+
+
+def attention_panel(
+    image: ImageLike,
+    words: Sequence[str],
+    weights: Any,
+    preprocessing: Preprocessing | None = None,
+    columns: int = 6,
+    size: float = 1.9,
+) -> Figure:
+    """Draw the attention for each word over the photograph, all in one colour scale.
+
+    Args:
+        image: before preprocessing.
+        words: one per step.
+        weights: (words, N), or (words, heads, N), whose heads are averaged; rows sum to 1.
+        preprocessing: the encoder's: the region of the image that the grid covers.
+        columns: pictures in a row.
+        size: inches per picture.
+
+    Raises:
+        CapGenError: the numbers of words and rows of weights differ.
+    """
+    values, picture = _maps(weights, len(words)), _small(image)
+    top = scale_top(values)
+    pictures = [picture, *(overlay(picture, row, preprocessing, top) for row in values)]
+    inches = size * min(1.6, picture.height / picture.width) + 0.3
+    figure, axes = _sheet(pictures, ["the image", *words], columns, (size, inches), (0.7, 0))
+    for ax in axes[1:]:
+        ax.title.set_fontweight("bold")
+    _add_scale(figure, axes, top)
+    return figure
+
+
+def attention_layers(
+    image: ImageLike,
+    words: Sequence[str],
+    layers: Mapping[str, Any],
+    preprocessing: Preprocessing | None = None,
+    size: float = 1.25,
+) -> Figure:
+    """Draw one row per map (a layer, a head, their mean, rollout) and one column per word.
+
+    Args:
+        image: before preprocessing.
+        words: one per step.
+        layers: name -> weights (words, N), or (words, heads, N), whose heads are averaged.
+        preprocessing: the encoder's.
+        size: inches per picture.
+
+    Raises:
+        CapGenError: the numbers of words and rows of weights differ.
+    """
+    maps = np.concatenate([_maps(each, len(words)) for each in layers.values()])  # (pictures, N)
+    picture, top = _small(image), scale_top(maps)
+    inches = size * min(1.6, picture.height / picture.width) + 0.1
+    shape = (size * len(words) + 1.1, len(layers) * inches + 0.3)
+    figure, axes = new_figure(len(layers), len(words), shape)
+    for ax, weights in zip(axes, maps, strict=True):
+        ax.imshow(overlay(picture, weights, preprocessing, top))
+        _bare(ax)
+    for ax, word in zip(axes, words, strict=False):
+        ax.set_title(word, loc="center", fontsize=9)
+    for ax, name in zip(axes[:: len(words)], layers, strict=True):
+        ax.set_ylabel(name, fontsize=9)
+    _add_scale(figure, axes, top)
+    return figure
+
+
+def attention_step(
+    image: ImageLike,
+    weights: Any,
+    top: float,
+    likely: Sequence[NextWord],
+    word: str,
+    preprocessing: Preprocessing | None = None,
+) -> Figure:
+    """Draw one step of a caption: the attention, and beside it the probabilities of the next word.
+
+    Args:
+        image: before preprocessing.
+        weights: (N,) of this step; sums to 1.
+        top: the top of the colour scale, in multiples of even attention; the same for all steps,
+            see ``scale_top``.
+        likely: possible next words, the likeliest first; the bar of the actual one stands out.
+        word: the actual word.
+        preprocessing: the encoder's.
+    """
+    picture, values = _small(image), np.asarray(weights, dtype=np.float32)
+    figure, (left, right) = new_figure(1, 2, (7.6, 3.1))
+    left.imshow(overlay(picture, values * len(values), preprocessing, top))
+    _bare(left)
+    left.set_title(word, loc="center", fontweight="bold")
+    _add_scale(figure, [left], top)
+    colours = [PALETTE[1] if each.said else PALETTE[0] for each in likely]
+    percent = [100 * each.probability for each in likely]
+    drawn = horizontal(right).barh(range(len(likely)), percent, color=colours)
+    right.bar_label(drawn, fmt="%.0f %%", padding=3, fontsize=8)
+    right.set_yticks(range(len(likely)), [each.text for each in likely])
+    right.set(xlabel="probability of the next word (%)", xlim=(0, 115))
     return figure

@@ -40,13 +40,19 @@ def use_style() -> None:
 
 
 def new_figure(
-    rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 3.2)
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.0, 3.2), **grid: Any
 ) -> tuple[Figure, list[Axes]]:
     """Return an empty figure of ``size`` in inches in the course's style, and its axes by row."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(axes.flat)
+        return figure, list(figure.subplots(rows, columns, squeeze=False, **grid).flat)
+
+
+def horizontal(ax: Axes) -> Axes:
+    """Prepare an axis for horizontal bars, the first one on top."""
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    return ax
 
 
 def alt(figure: Figure, text: str) -> Any:

@@ -1,4 +1,7 @@
-"""The demo: upload photographs, choose a captioner and its decoding, caption. See notebook 11."""
+"""The demo, and the step through a caption: its words, their maps and the next words.
+
+Notebooks 10 and 11 use them.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,12 +14,14 @@ from PIL import Image
 from capgen_utils.captioner import DEFAULT_BUNDLE, Captioner
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.paths import REPOSITORY, data_dir
-from capgen_utils.data.images import open_bytes, open_image
-from capgen_utils.decoding.captions import Caption
+from capgen_utils.data.images import ImageLike, open_bytes, open_image
+from capgen_utils.decoding.captions import Caption, NextWord
 from capgen_utils.decoding.rerank import fit
-from capgen_utils.evaluation.attention import caption_maps, next_words
+from capgen_utils.evaluation.attention import MEAN, CaptionMaps, caption_maps, next_words
+from capgen_utils.show.plots import attention_step, scale_top
 from capgen_utils.show.widgets.parts import (
     WIDE,
+    drawn,
     error_box,
     guarded,
     paragraph,
@@ -25,7 +30,6 @@ from capgen_utils.show.widgets.parts import (
     table,
     text_of,
 )
-from capgen_utils.show.widgets.steps import Steps
 from capgen_utils.vision.dual_encoder import DualEncoder
 
 MOST = 12  # photographs per click: each keeps its step-through in the page
@@ -107,7 +111,6 @@ class Demo:
         self._make_controls()
         self.status, self.results = ipywidgets.HTML(), ipywidgets.VBox([])
         self.status.add_class("capgen-status")
-        self.results.add_class("capgen-results")
         self.widget = ipywidgets.VBox(
             [
                 ipywidgets.HBox([self.upload, self.sample, self.model, self.fp32]),
@@ -119,10 +122,9 @@ class Demo:
             ]
         )
         self.way.observe(self._toggle, "value")
-        self.model.observe(self._toggle_fp32, "value")
+        self.model.observe(self._toggle, "value")
         self.button.on_click(self._click)
         self._toggle()
-        self._toggle_fp32()
         if not self._bundles:
             self.status.value = error_box(_NO_CAPTIONER)
 
@@ -133,7 +135,6 @@ class Demo:
         def dropdown(options: list[str], name: str) -> Any:
             return ipywidgets.Dropdown(options=options, description=name, style=_WIDE_LABEL)
 
-        whole, real = ipywidgets.IntSlider, ipywidgets.FloatSlider
         self.upload = ipywidgets.FileUpload(
             accept="image/*", multiple=True, description="photographs"
         )
@@ -143,11 +144,11 @@ class Demo:
         self.fp32 = ipywidgets.Checkbox(
             False, description="features always in fp32 (as exported)", indent=False
         )
-        self.beam = slider(whole, 5, 2, 10, "beam width")
-        self.temperature = slider(real, 1.0, 0.1, 2.0, "temperature", step=0.1)
-        self.top_k = slider(whole, 0, 0, 50, "top-k (0: all)")
-        self.top_p = slider(real, 1.0, 0.1, 1.0, "top-p", step=0.05)
-        self.candidates = slider(whole, 5, 1, 10, "candidates")
+        self.beam = slider(ipywidgets.IntSlider, 5, 2, 10, "beam width")
+        self.temperature = slider(ipywidgets.FloatSlider, 1.0, 0.1, 2.0, "temperature", step=0.1)
+        self.top_k = slider(ipywidgets.IntSlider, 0, 0, 50, "top-k (0: all)")
+        self.top_p = slider(ipywidgets.FloatSlider, 1.0, 0.1, 1.0, "top-p", step=0.05)
+        self.candidates = slider(ipywidgets.IntSlider, 5, 1, 10, "candidates")
         self.rerank = ipywidgets.Checkbox(
             False, description="let CLIP choose (if there is one)", indent=False
         )
@@ -157,21 +158,17 @@ class Demo:
         self.button.add_class("capgen-go")
 
     def _toggle(self, change: Any = None) -> None:
-        """Disable the controls that the chosen way of decoding ignores."""
-        way = self.way.value
+        """Disable the controls that are ignored; show how a loaded captioner computes features."""
+        way, bundle = self.way.value, self._bundles.get(self.model.value)
         self.beam.disabled = way != SEARCH
         self.candidates.disabled = self.rerank.disabled = way == GREEDY
         for control in (self.temperature, self.top_k, self.top_p):
             control.disabled = way != DRAW
-
-    def _toggle_fp32(self, change: Any = None) -> None:
-        """Show how a loaded captioner computes features; clear the box for the next folder."""
-        bundle, was_fixed = self._bundles.get(self.model.value), self.fp32.disabled
-        self.fp32.disabled = isinstance(bundle, Captioner)
         if isinstance(bundle, Captioner):
             self.fp32.value = bundle.features_dtype == "float32"
-        elif was_fixed:
+        elif self.fp32.disabled:  # the box of the captioner before
             self.fp32.value = False
+        self.fp32.disabled = isinstance(bundle, Captioner)
 
     def options(self) -> dict[str, Any]:
         """Return the chosen decoding options, as ``Captioner.caption`` takes them."""
@@ -190,7 +187,7 @@ class Demo:
         """Return the chosen photographs by name, and the errors of those that cannot be read.
 
         Raises:
-            CapGenError: there are none, or too many.
+            CapGenError: no photograph was chosen, or too many.
         """
         uploads, sample = read_upload(self.upload.value), self.sample.value
         if not uploads and sample == NO_SAMPLE:
@@ -201,8 +198,7 @@ class Demo:
             raise CapGenError(
                 f"{len(uploads)} photographs at once are too many", f"upload at most {MOST}"
             )
-        images: list[tuple[str, Image.Image]] = []
-        errors = []
+        images, errors = [], []
         for name, content in uploads:
             try:
                 images.append((name, open_bytes(content, name)))
@@ -234,16 +230,14 @@ class Demo:
         self.results.children = ()
         try:
             with guarded(self.status):
-                self._run()
+                images, errors = self.images()
+                problems = "".join(map(error_box, errors))
+                self.status.value = (self._caption(images) if images else "") + problems
         finally:
             self.button.disabled = False
 
-    def _run(self) -> None:
-        images, errors = self.images()
-        problems = "".join(map(error_box, errors))
-        if not images:
-            self.status.value = problems
-            return
+    def _caption(self, images: Sequence[tuple[str, Image.Image]]) -> str:
+        """Show the captions of images; return how long they took, as HTML."""
         captioner = self.captioner()
         self.status.value = paragraph("captioning ...")
         started = time.perf_counter()
@@ -257,7 +251,7 @@ class Demo:
             for (name, image), caption in zip(images, captions, strict=True)
         )
         many = f"{len(images)} photographs" if len(images) > 1 else "one photograph"
-        self.status.value = paragraph(f"{many} in {seconds:.2f} s") + problems
+        return paragraph(f"{many} in {seconds:.2f} s")
 
     def _card(
         self,
@@ -294,3 +288,86 @@ class Demo:
 def demo(bundles: Mapping[str, Path | Captioner] | None = None) -> ipywidgets.VBox:
     """Return the demo as a widget; see ``Demo``."""
     return Demo(bundles).widget
+
+
+# --- the step through a caption
+
+
+def step_through(
+    captioner: Captioner,
+    image: ImageLike,
+    caption: str | None = None,
+    **options: Any,
+) -> ipywidgets.VBox:
+    """Return a widget that walks through a caption word by word.
+
+    Args:
+        captioner: one with attention: attend_tell, transformer, clip_gpt2.
+        image: a path, PIL image or array.
+        caption: the caption to walk through; by default the captioner's own.
+        options: decoding options, see ``Captioner.caption``.
+
+    Raises:
+        CapGenError: the captioner has no attention over the image; the caption is empty or too
+            long; the image cannot be read.
+    """
+    picture = open_image(image)
+    (maps,) = caption_maps(captioner, [picture], None if caption is None else [caption], **options)
+    return Steps(picture, maps, next_words(captioner, picture, maps)).widget
+
+
+class Steps:
+    """A slider over the words of a caption, with the map and the next words of each.
+
+    Args:
+        image: the captioned image.
+        maps: the attention for each word.
+        likely: the likeliest next words at each word, from ``next_words``.
+
+    Attributes:
+        slider: the number of the word.
+        choice: the map: of a layer, a head, the mean of all, or rollout.
+        sentence: the caption, with the word marked.
+        picture: map and probabilities.
+        widget: all of it.
+    """
+
+    def __init__(self, image: ImageLike, maps: CaptionMaps, likely: list[list[NextWord]]) -> None:
+        self._image, self._maps, self._likely = image, maps, likely
+        self._drawn: dict[tuple[str, int], str] = {}
+        last, choices = len(maps.words) - 1, maps.choices(heads=True)
+        self.slider = ipywidgets.IntSlider(0, 0, last, description="word", readout=False)
+        self.play = ipywidgets.Play(min=0, max=last, interval=1200, description="play")
+        self.choice = ipywidgets.Dropdown(
+            options=choices, value=MEAN if MEAN in choices else choices[0], description="map"
+        )
+        self.sentence, self.picture = ipywidgets.HTML(), ipywidgets.HTML(layout=WIDE)
+        ipywidgets.jslink((self.play, "value"), (self.slider, "value"))
+        self.slider.observe(self._show, "value")
+        self.choice.observe(self._show, "value")
+        controls = [self.play, self.slider, *([self.choice] if len(choices) > 1 else [])]
+        self.widget = ipywidgets.VBox([self.sentence, ipywidgets.HBox(controls), self.picture])
+        self.widget.add_class("capgen-steps")
+        self._show()
+
+    def _show(self, change: Any = None) -> None:
+        with guarded(self.picture):
+            word, choice = self.slider.value, self.choice.value
+            texts = [text_of(text) for text in self._maps.texts]
+            texts[word] = f"<mark>{texts[word]}</mark>"
+            self.sentence.value = " ".join(texts)
+            if (choice, word) not in self._drawn:
+                self._drawn[choice, word] = self._draw(choice, word)
+            self.picture.value = self._drawn[choice, word]
+
+    def _draw(self, choice: str, word: int) -> str:
+        maps, likely = self._maps.of(choice), self._likely[word]  # (words, N)
+        text, top = self._maps.texts[word], scale_top(maps * maps.shape[1])
+        figure = attention_step(
+            self._image, maps[word], top, likely, text, self._maps.preprocessing
+        )
+        shown = ", ".join(f"{each.text} {each.probability:.0%}" for each in likely[:3])
+        return drawn(
+            figure,
+            f"The captioner's attention ({choice}) for the word: {text}. Likeliest: {shown}.",
+        )

@@ -27,8 +27,7 @@ def text_of(value: object) -> str:
 
 def drawn(figure: Figure, text: str) -> str:
     """Return a figure as HTML, with ``text`` for screen readers."""
-    data, kind = rendered(figure)
-    return _image(data, kind, text)
+    return _image(*rendered(figure), text)
 
 
 def photograph(image: ImageLike, text: str, side: int = 320) -> str:
@@ -36,8 +35,7 @@ def photograph(image: ImageLike, text: str, side: int = 320) -> str:
     picture = open_image(image)
     width, height = picture.size
     if max(width, height) < side // 2:  # a drawing of a few pixels
-        size = (side // 2, side // 2 * height // width)
-        picture = picture.resize(size, Image.Resampling.NEAREST)
+        picture = picture.resize((side // 2, side // 2 * height // width), Image.Resampling.NEAREST)
     picture.thumbnail((side, side))
     stream = io.BytesIO()
     picture.save(stream, format="JPEG", quality=88)
@@ -45,10 +43,8 @@ def photograph(image: ImageLike, text: str, side: int = 320) -> str:
 
 
 def _image(data: bytes, kind: str, text: str) -> str:
-    code = base64.b64encode(data).decode()
-    return (
-        f'<img alt="{text_of(text)}" style="max-width:100%" src="data:image/{kind};base64,{code}">'
-    )
+    address = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<img alt="{text_of(text)}" style="max-width:100%" src="{address}">'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -13,7 +13,6 @@ from capgen_utils.data.shapes import is_true, load_scenes, scenes_file
 from capgen_utils.decoding.rerank import fit
 from capgen_utils.evaluation.baselines import human_choices
 from capgen_utils.evaluation.metrics import Statistics
-from capgen_utils.evaluation.metrics.scores import BLEU_NAMES, bleu_of_sums
 from capgen_utils.show.widgets.parts import (
     bullets,
     guarded,
@@ -52,36 +51,40 @@ class Explorer:
         self.widget = ipywidgets.VBox(
             [ipywidgets.HBox([self.split, self.words, self.place]), self.page]
         )
-        self.widget.add_class("capgen-explorer")
-        for control in (self.split, self.words):
-            control.observe(self._find, "value")
-        self.place.observe(self._show, "value")
+        for control, callback in (
+            (self.split, self._find),
+            (self.words, self._find),
+            (self.place, self._show),
+        ):
+            control.observe(callback, "value")
         self._find()
 
     def _find(self, change: Any = None) -> None:
         with guarded(self.page):
             words = set(self.words.value.lower().split())
-            self._found = [
+            self._items = [
                 item
                 for item in self._manifest.split(self.split.value).items
                 if not words
                 or any(words <= set(caption.lower().split()) for caption in item.captions)
             ]
-            self.place.max = max(0, len(self._found) - 1)
+            self.place.max = max(0, len(self._items) - 1)
             self.place.value = min(self.place.value, self.place.max)
             self._show()
 
     def _show(self, change: Any = None) -> None:
         with guarded(self.page):
-            if not self._found:
-                message = f"no caption of {self.split.value} holds all of these words"
-                self.page.value = paragraph(message)
+            if not self._items:
+                self.page.value = paragraph(
+                    f"no caption of {self.split.value} holds all of these words"
+                )
                 return
-            item = self._found[self.place.value]
-            text = f"{item.image}: {' / '.join(item.captions[:1])}"
+            item = self._items[self.place.value]
             self.page.value = (
-                paragraph(f"{self.place.value + 1} of {len(self._found)} images: {item.image}")
-                + photograph(self._manifest.path(item), text)
+                paragraph(f"{self.place.value + 1} of {len(self._items)} images: {item.image}")
+                + photograph(
+                    self._manifest.path(item), f"{item.image}: {' / '.join(item.captions[:1])}"
+                )
                 + bullets(item.captions)
             )
 
@@ -105,23 +108,20 @@ def beside(
         left out.
 
     Raises:
-        CapGenError: an image has fewer than two human captions, or this one has none.
+        CapGenError: some image has fewer than two human captions, or this one none.
     """
     if image not in references:
         raise CapGenError(f"there are no references of {image}", "choose an image of this split")
-    scores: dict[str, dict[str, list[float]]] = {}
+    scores: dict[str, list[list[float]]] = {}
     for chosen, others in human_choices(references):
         for author, caption in {**captions, PEOPLE: chosen[image]}.items():
             statistics = Statistics.of({**chosen, image: caption}, others)
-            row = statistics.images.index(image)
-            bleu = dict(zip(BLEU_NAMES, bleu_of_sums(statistics.bleu[row]), strict=True))
-            values = bleu | {name: each[row] for name, each in statistics.means.items()}
-            for metric in METRICS:
-                author_scores = scores.setdefault(author, {})
-                author_scores.setdefault(metric, []).append(float(values[metric]))
+            alone = np.eye(1, len(others), statistics.images.index(image))  # this image, once
+            values = statistics.of_samples(alone)  # metric -> (1,)
+            scores.setdefault(author, []).append([float(values[name][0]) for name in METRICS])
     return {
-        author: {metric: float(np.mean(values)) for metric, values in each.items()}
-        for author, each in scores.items()
+        author: dict(zip(METRICS, np.mean(rows, axis=0).tolist(), strict=True))
+        for author, rows in scores.items()
     }
 
 
@@ -151,7 +151,8 @@ class BeatTheModel:
         self._paths = {item.image: manifest.path(item) for item in self._items}
         self._references = {item.image: item.captions for item in self._items}
         self._scenes = load_scenes(manifest.root) if scenes_file(manifest.root).is_file() else {}
-        self._place, self._won, self._played = 0, 0, 0
+        self._place = 0
+        self._won: list[bool] = []  # per round
         self.typed = ipywidgets.Text(
             placeholder="your caption", layout=ipywidgets.Layout(width="60%")
         )
@@ -161,7 +162,6 @@ class BeatTheModel:
         self.widget = ipywidgets.VBox(
             [self.page, ipywidgets.HBox([self.typed, self.button, self.another]), self.result]
         )
-        self.widget.add_class("capgen-beat")
         self.button.on_click(self._score)
         self.another.on_click(self._next)
         self._show()
@@ -193,22 +193,18 @@ class BeatTheModel:
             model = self._captioner.caption(self._paths[self.image])[0].text
             captions = {YOU: text, MODEL: model}
             scores = beside(self.image, captions, self._references)
-            won = scores[YOU]["CIDEr-D"] > scores[MODEL]["CIDEr-D"]
-            self._played += 1
-            self._won += won
-            verdict = "You win by CIDEr-D." if won else "Not ahead by CIDEr-D."
-            people = self._references[self.image]
-            captions_of = {**captions, PEOPLE: f"(mean of {len(people)})"}
-            more = self._more(captions)
+            self._won.append(scores[YOU]["CIDEr-D"] > scores[MODEL]["CIDEr-D"])
+            verdict = "You win by CIDEr-D." if self._won[-1] else "Not ahead by CIDEr-D."
+            people, more = self._references[self.image], self._more(captions)
             rows = [
                 [author, caption]
                 + [f"{scores[author][metric]:.1f}" for metric in METRICS]
                 + [values.get(author, "-") for values in more.values()]
-                for author, caption in captions_of.items()
+                for author, caption in {**captions, PEOPLE: f"(mean of {len(people)})"}.items()
             ]
             self.result.value = (
                 table(["", "caption", *METRICS, *more], rows)
-                + paragraph(f"{verdict} {self._won} of {self._played} rounds won.")
+                + paragraph(f"{verdict} {sum(self._won)} of {len(self._won)} rounds won.")
                 + f"People wrote:{bullets(people)}"
             )
 
@@ -223,7 +219,8 @@ class BeatTheModel:
             }
         scorer = scorer_of(self._captioner)
         if scorer is not None:
-            cosines = fit(scorer, [self._paths[self.image]], [list(captions.values())])[0]
-            shown = [f"{cosine:.3f}" for cosine in cosines]
-            columns["CLIP (cosine)"] = dict(zip(captions, shown, strict=True))
+            (cosines,) = fit(scorer, [self._paths[self.image]], [list(captions.values())])
+            columns["CLIP (cosine)"] = {
+                author: f"{cosine:.3f}" for author, cosine in zip(captions, cosines, strict=True)
+            }
         return columns
