@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from math import isfinite
@@ -86,14 +86,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, remedy: str) -> Any:
-    """Read JSON from ``path``.
+def read_json(
+    path: Path, remedy: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """Read JSON from ``path``; ``hook`` turns the key and value pairs of an object into a value.
 
     Raises:
         CapGenError: the file is missing, unreadable or not JSON; ``remedy`` becomes the advice.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=hook)
     except OSError as error:
         raise CapGenError(f"cannot read {path}: {error.strerror or error}", remedy) from error
     except (ValueError, RecursionError) as error:

@@ -128,7 +128,11 @@ def caption_of(
         for rank in order
     )
     best = hypotheses[order[0]]
-    words = tuple(tokenizer.words(best.tokens))
     return Caption(
-        candidates[0].text, best.log_probability, words, best.ended, candidates, best.tokens
+        candidates[0].text,
+        best.log_probability,
+        tuple(tokenizer.words(best.tokens)),
+        best.ended,
+        candidates,
+        best.tokens,
     )

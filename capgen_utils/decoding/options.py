@@ -38,11 +38,10 @@ def check_decoding(config: DecodingConfig, longest: int = LONGEST) -> DecodingCo
         value = getattr(config, option.name)
         for number in value if option.name == "temperatures" else (value,):
             if not low <= number <= high:
-                name = option.name.removesuffix("s" * (option.name == "temperatures"))
-                name = name.replace("max_", "maximum ").replace("min_", "minimum ")
+                name = option.name.replace("temperatures", "temperature").replace("_", " ")
+                name = name.replace("max ", "maximum ").replace("min ", "minimum ")
                 raise CapGenError(
-                    f"a {name.replace('_', ' ')} of {number} is not possible",
-                    f"choose a value from {low} to {high}",
+                    f"a {name} of {number} is not possible", f"choose a value from {low} to {high}"
                 )
     if config.min_length >= config.max_length:
         raise CapGenError(
@@ -138,24 +137,22 @@ def _refuse_contradictions(
 
 def describe(config: DecodingConfig) -> str:
     """Return in words how captions are found, as tables of results show it."""
-    if config.temperatures:
-        listed = ", ".join(f"{temperature:g}" for temperature in config.temperatures)
-        words = [f"one caption sampled at each of the temperatures {listed}"]
-    elif config.temperature:
-        words = [f"sampled at temperature {config.temperature:g}"]
-    elif config.beam == 1:
-        words = ["greedy"]
-    else:
-        words = [f"beam {config.beam}"]
-        words += [f"{config.groups} groups, diversity {config.diversity:g}"] * (config.groups > 1)
-        words += [f"length penalty {config.length_penalty:g}"]
-    if config.temperatures or config.temperature:
-        words += [f"top-k {config.top_k}"] * bool(config.top_k)
-        words += [f"top-p {config.top_p:g}"] * (config.top_p < 1)
-        words += [f"{config.samples} samples"] * (config.samples > 1 and not config.temperatures)
-        words += [f"seed {config.seed}"]
-    words += [f"minimum length {config.min_length}"] * bool(config.min_length)
-    penalised = config.repetition_penalty != 1
-    words += [f"repetition penalty {config.repetition_penalty:g}"] * penalised
-    words += [f"no repeated {config.no_repeat_ngram}-gram"] * bool(config.no_repeat_ngram)
-    return ", ".join(words)
+    sampled = bool(config.temperatures or config.temperature)
+    listed = ", ".join(f"{temperature:g}" for temperature in config.temperatures)
+    parts = {  # what is said -> when
+        f"one caption sampled at each of the temperatures {listed}": bool(config.temperatures),
+        f"sampled at temperature {config.temperature:g}": sampled and not config.temperatures,
+        "greedy": not sampled and config.beam == 1,
+        f"beam {config.beam}": not sampled and config.beam > 1,
+        f"{config.groups} groups, diversity {config.diversity:g}": not sampled
+        and config.groups > 1,
+        f"length penalty {config.length_penalty:g}": not sampled and config.beam > 1,
+        f"top-k {config.top_k}": sampled and config.top_k > 0,
+        f"top-p {config.top_p:g}": sampled and config.top_p < 1,
+        f"{config.samples} samples": sampled and config.samples > 1 and not config.temperatures,
+        f"seed {config.seed}": sampled,
+        f"minimum length {config.min_length}": config.min_length > 0,
+        f"repetition penalty {config.repetition_penalty:g}": config.repetition_penalty != 1,
+        f"no repeated {config.no_repeat_ngram}-gram": config.no_repeat_ngram > 0,
+    }
+    return ", ".join(part for part, applies in parts.items() if applies)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from capgen_utils.common.files import CapGenError
@@ -50,15 +49,13 @@ def fit(
         )
     vectors = images if isinstance(images, Tensor) else scorer.embed_images(images)  # (B, E)
     # Candidates often agree: each text is embedded once.
-    rows: dict[str, int] = {}
-    for text in (text for texts in captions for text in texts):
-        rows.setdefault(text, len(rows))
-    embedded = scorer.embed_texts(list(rows))  # (distinct texts, E)
-    scores = []
-    for vector, texts in zip(vectors.float().cpu(), captions, strict=True):
-        of_image = embedded[torch.tensor([rows[text] for text in texts], dtype=torch.long)]
-        scores.append(scorer.similarity(vector[None], of_image)[0].tolist())  # (texts,)
-    return scores
+    distinct = list(dict.fromkeys(text for texts in captions for text in texts))
+    rows = {text: row for row, text in enumerate(distinct)}
+    embedded = scorer.embed_texts(distinct)  # (distinct texts, E)
+    return [
+        scorer.similarity(vector[None], embedded[[rows[text] for text in texts]])[0].tolist()
+        for vector, texts in zip(vectors.float().cpu(), captions, strict=True)
+    ]
 
 
 def shared_encoder(

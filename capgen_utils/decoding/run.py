@@ -93,8 +93,8 @@ def decode_manifest(
     specials = Specials.of(tokenizer)
     names = [item.image for item in manifest.items if item.image not in cache.failed]
     hypotheses: dict[str, list[Hypothesis]] = {}
-    batches = range(0, len(names), batch_size)
-    for start in tqdm(batches, desc="captioning", unit="batch", disable=not progress):
+    starts = range(0, len(names), batch_size)
+    for start in tqdm(starts, desc="captioning", unit="batch", disable=not progress):
         batch = names[start : start + batch_size]
         keys = [image_key(name.encode()) for name in batch]
         decoded = decode_features(model, cache.rows(batch), specials, decoding, keys)

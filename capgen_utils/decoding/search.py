@@ -6,6 +6,7 @@ no-repeat n-grams, minimum length, banned tokens, temperature, top-k, top-p.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -68,13 +69,14 @@ def decode(
         CapGenError: the configuration is not possible.
     """
     check_decoding(config)
-    if config.temperatures:
-        return _Walk(model, memory, images, specials, config, config.temperatures, keys).run()
-    if config.temperature or config.beam == 1:
-        temperatures = (config.temperature,) * (config.samples if config.temperature else 1)
+    if config.temperatures or config.temperature or config.beam == 1:
+        samples = config.samples if config.temperature else 1
+        temperatures = config.temperatures or (config.temperature,) * samples
         hypotheses = _Walk(model, memory, images, specials, config, temperatures, keys).run()
     else:
         hypotheses = _Beam(model, memory, images, specials, config).run()
+    if config.temperatures:
+        return hypotheses
     return [sorted(of_image, key=lambda h: -h.score) for of_image in hypotheses]
 
 
@@ -141,10 +143,8 @@ class _Walk(_Search):
         self.each = len(temperatures)  # hypotheses per image
         rows = images * self.each
         self.alive = torch.arange(rows, device=device)  # (M,) the rows still in the batch
-        self.asked = tuple(temperatures)
-        self.temperatures = torch.tensor(temperatures, dtype=torch.float32, device=device).repeat(
-            images
-        )  # (rows,)
+        self.asked = tuple(temperatures) * images  # of each row
+        self.temperatures = torch.tensor(self.asked, dtype=torch.float32, device=device)  # (rows,)
         self.numbers = None
         if any(temperatures):
             keys = range(images) if keys is None else keys
@@ -161,14 +161,12 @@ class _Walk(_Search):
             if not len(self.alive):
                 break
         columns = (self.written, self.lengths, self.totals, self.ended)
-        table = zip(*(column.tolist() for column in columns), strict=True)
+        table = zip(*(column.tolist() for column in columns), self.asked, strict=True)
         hypotheses = [
             Hypothesis(
                 tuple(ids[:length]), total, self.ranked(total, length + ended), ended, temperature
             )
-            for (ids, length, total, ended), temperature in zip(
-                table, self.asked * self.images, strict=True
-            )
+            for ids, length, total, ended, temperature in table
         ]
         starts = range(0, len(hypotheses), self.each)
         return [hypotheses[start : start + self.each] for start in starts]
@@ -245,15 +243,12 @@ class _Beam(_Search):
             self._drop_done_blocks(last=position == self.config.max_length - 1)
             if not len(self.alive):
                 break
-        for block in self.finished:
-            block.sort(key=lambda h: -h.score)
-        result, groups = [], self.config.groups
-        for first in range(0, len(self.finished), groups):
-            blocks = self.finished[first : first + groups]
+        best = [sorted(block, key=lambda h: -h.score)[: self.size] for block in self.finished]
+        result = []
+        for first in range(0, len(best), self.config.groups):
+            of_image = chain(*best[first : first + self.config.groups])
             distinct: dict[tuple[int, ...], Hypothesis] = {}  # two groups may find the same caption
-            for hypothesis in sorted(
-                (h for block in blocks for h in block[: self.size]), key=lambda h: -h.score
-            ):
+            for hypothesis in sorted(of_image, key=lambda h: -h.score):
                 distinct.setdefault(hypothesis.tokens, hypothesis)
             result.append(list(distinct.values()))
         return result
@@ -304,7 +299,7 @@ class _Beam(_Search):
         """As ``_continue``, group after group: later groups avoid the tokens of earlier ones."""
         image, group = self.alive // self.config.groups, self.alive % self.config.groups  # (B,)
         penalty = steps.new_zeros(self.images, steps.shape[1])  # (images, V)
-        order, continuations = [], []
+        continuations = []
         for number in range(self.config.groups):
             blocks = (group == number).nonzero()[:, 0]  # (b,)
             rows = self.rows[blocks]  # (b, K)
@@ -318,11 +313,10 @@ class _Beam(_Search):
                 self.config.diversity * live.isfinite().float(),
                 accumulate=True,
             )
-            order.append(blocks)
-            continuations.append((scores, source, token))
-        back = torch.cat(order).argsort()
-        scores, source, token = (torch.cat(c)[back] for c in zip(*continuations, strict=True))
-        return scores, source, token
+            continuations.append((blocks, scores, source, token))
+        blocks, scores, source, token = map(torch.cat, zip(*continuations, strict=True))
+        back = blocks.argsort()
+        return scores[back], source[back], token[back]
 
     def _live(self, scores: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores and indices (B, K) of the continuations that live on, best first."""

@@ -91,10 +91,11 @@ def layer_attention(model: Any, memory: Any, tokens: Tensor) -> tuple[list[Tenso
     Returns:
         Two lists, empty for a captioner that is no stack of such layers.
     """
-    layers = list(model.attention_by_layer(memory, tokens))
-    over_image = [weights[0].mean(0).cpu() for weights, _ in layers]  # (T, N) each
-    over_words = [weights[0].mean(0).cpu() for _, weights in layers]  # (T, T) each
-    return over_image, over_words
+    layers = [
+        (over_image[0].mean(0).cpu(), over_words[0].mean(0).cpu())  # (T, N), (T, T)
+        for over_image, over_words in model.attention_by_layer(memory, tokens)
+    ]
+    return [over_image for over_image, _ in layers], [over_words for _, over_words in layers]
 
 
 class Word(NamedTuple):
@@ -119,12 +120,11 @@ def words_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Word]:
             owner = [*(min(word, count - 1) for word in owner), max(count - 1, 0)]
         else:
             owner.append(count)  # a space on its own belongs to the word that follows it
-    words = []
-    for number, text in enumerate(tokenizer.decode(tokens).split()):
-        positions = [position for position, word in enumerate(owner) if word == number]
-        if positions:
-            words.append(Word(text, positions[0], positions[-1] + 1))
-    return words
+    return [
+        Word(text, owner.index(number), len(owner) - owner[::-1].index(number))
+        for number, text in enumerate(tokenizer.decode(tokens).split())
+        if number in owner
+    ]
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,12 @@ class CaptionMaps:
 
     def choices(self, heads: bool = False) -> list[str]:
         """Return the names of all distinct maps, optionally with those of single heads."""
-        names = []
-        for layer, weights in self.weights.items():
-            count = weights.shape[1]
-            names += [layer, *(f"{layer} head{i}" for i in range(count) if heads and count > 1)]
+        names = [
+            name
+            for layer, weights in self.weights.items()
+            for name in (layer, *(f"{layer} head{i}" for i in range(weights.shape[1])))
+            if name == layer or (heads and weights.shape[1] > 1)
+        ]
         return names + [MEAN, ROLLOUT] * (len(self.weights) > 1)
 
     def of(self, choice: str = MEAN) -> Tensor:
@@ -229,14 +231,17 @@ def caption_maps(
         )
     maps = []
     for start in range(0, len(images), batch_size):
-        batch = list(images[start : start + batch_size])
+        batch = images[start : start + batch_size]
         if captions is None:
-            generated = captioner.caption(batch, batch_size=batch_size, **options)
+            generated = captioner.caption(list(batch), batch_size=batch_size, **options)
             tokens = [caption.tokens for caption in generated]
         else:
-            texts = captions[start : start + batch_size]
-            tokens = [_tokens_of(captioner, text) for text in texts]
-        maps += _read(captioner, batch, tokens)
+            tokens = [_tokens_of(captioner, text) for text in captions[start : start + batch_size]]
+        memory = captioner.memory(batch)
+        looked = word_attention(captioner.model, memory, tokens, captioner.specials)
+        for i, (ids, weights) in enumerate(zip(tokens, looked, strict=True)):
+            alone = memory.select(torch.tensor([i], device=captioner.device))
+            maps.append(_maps_of(captioner, alone, ids, weights))
     return maps
 
 
@@ -290,38 +295,33 @@ def next_words(
 
 
 @torch.inference_mode()
-def _read(
-    captioner: Captioner, images: Sequence[Any], captions: Sequence[tuple[int, ...]]
-) -> list[CaptionMaps]:
-    """Read captions and return where the captioner looked; see ``caption_maps``."""
-    model, device = captioner.model, captioner.device
-    memory = captioner.memory(images)
-    looked = word_attention(model, memory, captions, captioner.specials)
-    maps = []
-    for i, (tokens, weights) in enumerate(zip(captions, looked, strict=True)):
-        caption = captioner.tokenizer.decode(tokens)
-        if not weights:
-            raise CapGenError(
-                f"{model.name} has no attention over the image",
-                "choose attend_tell, transformer or clip_gpt2",
-            )
-        if not caption.strip():
-            raise CapGenError(
-                "an empty caption has no words to look for",
-                "pass a caption, or ask for min_length=1",
-            )
-        read = torch.tensor([[captioner.specials.start, *tokens[:-1]]], device=device)  # (1, T)
-        cross, own = layer_attention(model, memory.select(torch.tensor([i], device=device)), read)
-        rolled = rollout(cross, own) if cross else mean_map(weights)  # (T, N)
-        words = words_of(captioner.tokenizer, tokens)
-        by_word = {layer: _by_word(words, values) for layer, values in weights.items()}
-        preprocessing = captioner.encoder.preprocessing
-        maps.append(
-            CaptionMaps(
-                caption, tuple(words), tokens, by_word, _by_word(words, rolled), preprocessing
-            )
+def _maps_of(
+    captioner: Captioner, memory: Any, tokens: tuple[int, ...], weights: Mapping[str, Tensor]
+) -> CaptionMaps:
+    """Return the maps of one caption from its tokens' weights by layer, (T, heads, N) each."""
+    caption = captioner.tokenizer.decode(tokens)
+    if not weights:
+        raise CapGenError(
+            f"{captioner.model.name} has no attention over the image",
+            "choose attend_tell, transformer or clip_gpt2",
         )
-    return maps
+    if not caption.strip():
+        raise CapGenError(
+            "an empty caption has no words to look for",
+            "pass a caption, or ask for min_length=1",
+        )
+    read = torch.tensor([[captioner.specials.start, *tokens[:-1]]], device=captioner.device)
+    cross, own = layer_attention(captioner.model, memory, read)
+    rolled = rollout(cross, own) if cross else mean_map(weights)  # (T, N)
+    words = words_of(captioner.tokenizer, tokens)
+    return CaptionMaps(
+        caption,
+        tuple(words),
+        tokens,
+        {layer: _by_word(words, values) for layer, values in weights.items()},
+        _by_word(words, rolled),
+        captioner.encoder.preprocessing,
+    )
 
 
 def _by_word(words: Sequence[Word], values: Tensor) -> Tensor:

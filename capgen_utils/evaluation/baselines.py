@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from capgen_utils.common.files import CapGenError
-from capgen_utils.evaluation.metrics.ngrams import ORDERS, count_both, highest
 from capgen_utils.evaluation.metrics.resampling import RESAMPLES, Interval, intervals
 from capgen_utils.evaluation.metrics.scores import (
+    ORDERS,
     Captions,
     Extra,
     References,
     Statistics,
     bleu_of_sums,
     closest_length,
+    count_both,
+    highest,
 )
 from capgen_utils.text.ptb import tokenise
 
@@ -47,12 +49,10 @@ def best_constant(training: References) -> str:
     Raises:
         CapGenError: there is no caption.
     """
-    images = sorted(training)
-    written = [[tokenise(caption) for caption in training[image]] for image in images]
+    written = [[tokenise(caption) for caption in training[image]] for image in sorted(training)]
     spelled: dict[tuple[str, ...], str] = {}  # words -> the first caption that has them
-    for image, captions in zip(images, written, strict=True):
-        for caption, words in zip(training[image], captions, strict=True):
-            spelled.setdefault(tuple(words), caption)
+    for caption in (caption for image in sorted(training) for caption in training[image]):
+        spelled.setdefault(tuple(tokenise(caption)), caption)
     candidates = sorted(words for words in spelled if words)
     if not candidates:
         raise CapGenError("there is no training caption", "give the captions of the training split")
@@ -65,8 +65,10 @@ def best_constant(training: References) -> str:
             total += (counts >= times) @ (most >= times).sum(axis=0).astype(np.float64)
         matches.append(total)
     lengths = np.array([len(words) for words in candidates])  # (C,)
-    others = [list(map(len, captions)) for captions in written]
-    closest = {n: sum(closest_length(n, each) for each in others) for n in set(lengths.tolist())}
+    closest = {
+        n: sum(closest_length(n, map(len, captions)) for captions in written)
+        for n in set(lengths.tolist())
+    }
     reference = [closest[n] for n in lengths.tolist()]
     guesses = [np.maximum(0, lengths - n + 1) * len(written) for n in ORDERS]
     sums = np.stack([lengths * len(written), reference, *matches, *guesses], axis=1)  # (C, 10)
@@ -156,7 +158,7 @@ def human_choices(references: References) -> Iterator[tuple[dict[str, str], dict
     There are as many choices as the image with the fewest captions has.
 
     Raises:
-        CapGenError: an image has fewer than two captions.
+        CapGenError: some image has fewer than two captions.
     """
     count = min(map(len, references.values()), default=0)
     if count < 2:

@@ -1,6 +1,6 @@
 """Tests of attention against chance: the pointing game and the deletion test (notebook 10)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +32,7 @@ from capgen_utils.evaluation.results import protocol, with_facts
 from capgen_utils.vision.preprocessing import grid_side
 
 KINDS = {"colour": tuple(COLOURS), "shape": SHAPES}  # words that name an object of a scene
-
-
 SHARE, DRAWS = 0.2, 4  # of the deletion test: share of cells masked, random patches per word
-
-
 # Words that name nothing visible; the other words of a caption are its content words.
 _FUNCTION = """
 a an the this that these those some any each other another one of in on at to from with without for
@@ -60,7 +56,7 @@ class Pointing:
             chance.
         near: the same for that box grown by half a grid cell on each side, since a cell also sees
             its surroundings.
-        others: as ``hits`` for the boxes of all other objects; ``None`` if there are none.
+        others: as ``hits`` for the boxes of all other objects; ``None`` without another one.
         area, near_area: share of the image that the right box and the grown one cover, the score of
             a random pixel.
         centre: 1 if the image's centre is in the right box.
@@ -94,11 +90,8 @@ def named_object(word: str, scene: Scene) -> tuple[str, ShapeObject] | None:
 
     No two objects of a scene share a colour or a shape.
     """
-    for kind, known in KINDS.items():
-        for thing in scene.objects if word in known else ():
-            if getattr(thing, kind) == word:
-                return kind, thing
-    return None
+    named = ((kind, thing) for kind in KINDS for thing in scene.objects)
+    return next(((kind, thing) for kind, thing in named if getattr(thing, kind) == word), None)
 
 
 def pointings(
@@ -112,43 +105,35 @@ def pointings(
         size: (width, height) of the images in pixels, the units of the boxes.
         heads: also play with every single head.
     """
+    width, height = size
     tries = []
     for image, (caption, scene) in enumerate(zip(maps, scenes, strict=True)):
-        if not is_true(caption.caption, scene):
-            continue
-        for word, text in enumerate(caption.texts):
+        by = round(width / grid_side(caption.of().shape[1]) / 2)  # half a cell
+        for word, text in enumerate(caption.texts if is_true(caption.caption, scene) else ()):
             named = named_object(text, scene)
-            if named is not None:
-                levels = {c: caption.on_pixels(word, size, c) for c in caption.choices(heads)}
-                margin = size[0] / grid_side(caption.of().shape[1]) / 2  # half a cell
-                tries.append(_pointing(image, levels, *named, scene, size, margin))
+            if named is None:
+                continue
+            x0, y0, x1, y1 = named[1].box
+            near = max(0, x0 - by), max(0, y0 - by), min(width, x1 + by), min(height, y1 + by)
+            rest = [other.box for other in scene.objects if other != named[1]]
+            levels = {c: caption.on_pixels(word, size, c) for c in caption.choices(heads)}
+            hits, near_hits, others = (
+                {choice: peak_share(level, boxes) for choice, level in levels.items()}
+                for boxes in ([named[1].box], [near], rest)
+            )
+            tries.append(
+                Pointing(
+                    image,
+                    named[0],
+                    hits,
+                    near_hits,
+                    others if rest else None,
+                    (x1 - x0) * (y1 - y0) / (width * height),
+                    (near[2] - near[0]) * (near[3] - near[1]) / (width * height),
+                    float(x0 <= width // 2 < x1 and y0 <= height // 2 < y1),
+                )
+            )
     return tries
-
-
-def _pointing(
-    image: int,
-    levels: Mapping[str, np.ndarray],
-    kind: str,
-    thing: ShapeObject,
-    scene: Scene,
-    size: tuple[int, int],
-    margin: float,
-) -> Pointing:
-    width, height = size
-    x0, y0, x1, y1 = thing.box
-    by = round(margin)
-    grown = max(0, x0 - by), max(0, y0 - by), min(width, x1 + by), min(height, y1 + by)
-    rest = [other.box for other in scene.objects if other != thing]
-    return Pointing(
-        image,
-        kind,
-        {choice: peak_share(level, [thing.box]) for choice, level in levels.items()},
-        {choice: peak_share(level, [grown]) for choice, level in levels.items()},
-        {choice: peak_share(level, rest) for choice, level in levels.items()} if rest else None,
-        (x1 - x0) * (y1 - y0) / (width * height),
-        (grown[2] - grown[0]) * (grown[3] - grown[1]) / (width * height),
-        float(x0 <= width // 2 < x1 and y0 <= height // 2 < y1),
-    )
 
 
 def pointing_game(tries: Sequence[Pointing], seed: int = 0) -> dict[str, Any]:
@@ -199,12 +184,10 @@ def _mean(values: Iterable[float]) -> float:
 
 def _mean_over_images(values: Iterable[tuple[int, float]], seed: int) -> list[float]:
     """Return the mean of (image, value) pairs and its interval, by bootstrap over images."""
-    by_image: dict[int, list[float]] = {}
-    for image, value in values:
-        by_image.setdefault(image, []).append(value)
-    groups = [by_image[image] for image in sorted(by_image)]
-    ends = mean_interval([sum(g) for g in groups], [len(g) for g in groups], seed=seed)
-    return [round(end, 4) for end in ends]
+    images, numbers = zip(*values, strict=True)
+    _, rows = np.unique(images, return_inverse=True)
+    totals, counts = np.bincount(rows, numbers).tolist(), np.bincount(rows).tolist()
+    return [round(end, 4) for end in mean_interval(totals, counts, seed=seed)]
 
 
 @dataclass(frozen=True)
@@ -302,51 +285,24 @@ def deletions(
     for image, of_image in enumerate(progress):
         pixels = captioner.encoder.preprocessing(open_image(images[image]))
         generator = np.random.default_rng([seed, image_key(pixels.tobytes())])
-        strangers = _strangers(top, words, image, generator)
-        masks = []  # per word: its own cells, those of a stranger, random patches
+        # Captions of other images with content words; this one, if it is alone.
+        others = [i for i in range(len(maps)) if words[i] and i != image] or [image]
+        masks = []  # (words, 2 + draws): the word's own cells, a stranger's, random patches
         for word in words[image]:
+            other = others[int(generator.integers(len(others)))]
+            stranger = words[other][int(generator.integers(len(words[other])))]
             cells = top[image][word]
-            stranger = next(strangers)
-            masks.append([cells, stranger, *(moved(cells, generator) for _ in range(draws))])
-        for word, falls in zip(
-            words[image], _falls(captioner, of_image, pixels, words[image], masks), strict=True
-        ):
-            text = of_image.texts[word]
-            results.append(Deletion(image, text, falls[0], tuple(falls[2:]), falls[1]))
+            patches = [moved(cells, generator) for _ in range(draws)]
+            masks.append([cells, top[other][stranger], *patches])
+        if not masks:
+            continue
+        views = [pixels, *(hide(pixels, cells) for of_word in masks for cells in of_word)]
+        scores = word_log_probabilities(captioner, [Image.fromarray(v) for v in views], of_image)
+        hidden = scores[1:].unflatten(0, (len(masks), -1))  # (words, masks of each, all words)
+        for word, of_word in zip(words[image], hidden, strict=True):
+            looked, stranger, *patches = (scores[0, word] - of_word[:, word]).tolist()
+            results.append(Deletion(image, of_image.texts[word], looked, tuple(patches), stranger))
     return results
-
-
-def _strangers(
-    top: Sequence[Sequence[np.ndarray]],
-    words: Sequence[Sequence[int]],
-    image: int,
-    generator: np.random.Generator,
-) -> Iterator[np.ndarray]:
-    """Yield the cells of random content words of other captions, or of this one if it is alone."""
-    others = [i for i, of_image in enumerate(words) if of_image and i != image] or [image]
-    while True:
-        other = others[int(generator.integers(len(others)))]
-        yield top[other][words[other][int(generator.integers(len(words[other])))]]
-
-
-def _falls(
-    captioner: Captioner,
-    maps: CaptionMaps,
-    pixels: np.ndarray,
-    words: Sequence[int],
-    masks: Sequence[Sequence[np.ndarray]],
-) -> list[list[float]]:
-    """Return how far the log-probability of each word falls under each of its masks."""
-    if not words:
-        return []
-    hidden = [hide(pixels, cells) for of_word in masks for cells in of_word]
-    views = [Image.fromarray(view) for view in (pixels, *hidden)]
-    scores = word_log_probabilities(captioner, views, maps)  # (views, words of the caption)
-    each = len(masks[0])
-    return [
-        (scores[0, word] - scores[1 + i * each : 1 + (i + 1) * each, word]).tolist()
-        for i, word in enumerate(words)
-    ]
 
 
 @torch.inference_mode()
@@ -366,9 +322,8 @@ def word_log_probabilities(
     batches = []
     for first in range(0, len(images), batch_size):
         batch = images[first : first + batch_size]
-        memory = captioner.memory(batch)
         rows = torch.arange(len(batch), device=device)
-        logits = model(memory, start.expand(len(batch), -1), rows)  # (B, T, V)
+        logits = model(captioner.memory(batch), start.expand(len(batch), -1), rows)  # (B, T, V)
         scores = log_probabilities(logits.flatten(0, 1), captioner.specials.banned)  # (B * T, V)
         scores = scores.view_as(logits).cpu()
         tokens = scores.gather(2, actual.expand(len(batch), -1)[..., None])[..., 0]  # (B, T)
@@ -451,12 +406,19 @@ def measure(
     paths = [part.path(item) for item in part.items]
     maps = caption_maps(captioner, paths)
     choices = maps[0].choices()
-    rules = protocol(captioner, manifest, split, len(part), captioner.decoding)
-    rules |= {"intervals": INTERVALS, "share": share, "draws": draws}
-    rules |= {"fill": "mean colour of the image", "test_seed": seed}
+    rules = protocol(captioner, manifest, split, len(part), captioner.decoding) | {
+        "intervals": INTERVALS,
+        "share": share,
+        "draws": draws,
+        "fill": "mean colour of the image",
+        "test_seed": seed,
+    }
     elsewhere = torch.cat([of_image.elsewhere() for of_image in maps])  # (words of all captions,)
-    result: dict[str, Any] = {"kind": "attention", "protocol": rules}
-    result["class token"] = round(float(elsewhere.mean()), 4)
+    result: dict[str, Any] = {
+        "kind": "attention",
+        "protocol": rules,
+        "class token": round(float(elsewhere.mean()), 4),
+    }
     if scenes_file(manifest.root).exists():
         known = load_scenes(manifest.root)
         scenes = [known[item.image] for item in part.items]

@@ -27,7 +27,7 @@ def read_results(folder: Path) -> dict[str, Result]:
     """Return the evaluations in a folder, sorted: file name without suffix -> result.
 
     Raises:
-        CapGenError: there is none, or a file is damaged.
+        CapGenError: no file holds an evaluation, or one is damaged.
     """
     results: dict[str, Result] = {}
     for path in sorted(Path(folder).glob("*.json")):
@@ -69,7 +69,7 @@ def by_split(results: Mapping[str, Result]) -> dict[tuple[str, str], dict[str, R
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 # --- scores
@@ -83,20 +83,27 @@ def scores_table(results: Mapping[str, Result]) -> str:
     Args:
         results: of one split; see ``by_split``.
     """
-    by_truth = all("true" in result["scores"] for result in results.values())
-    key = "true" if by_truth else "BLEU-4"
+    key = "true" if all("true" in r["scores"] for r in results.values()) else "BLEU-4"
     rows = sorted(_rows(results), key=lambda row: -row[1]["scores"].get(key, 0))
     present = {name for _, row, _ in rows for name in row["scores"]}
     present -= {"CIDEr"} if "CIDEr-D" in present else set()
     metrics = [name for name in METRICS if name in present]
     truth = [name for name in TRUTH if name in present]
     head = ["captions", "encoder", "decoding", "images", *(TRUTH[name] for name in truth)]
-    lines = []
-    for title, row, facts in rows:
-        cells = [percent(row["scores"].get(name), 100) for name in truth]
-        cells += [number(row, name) for name in metrics]
-        cells += [f"{row['scores']['distinct']:.0f}", percent(row["scores"].get("copied"))]
-        lines.append([title, *facts, *cells])
+    lines = [
+        [
+            title,
+            *facts,
+            *(
+                with_unit(100 * row["scores"][name] if name in row["scores"] else None)
+                for name in truth
+            ),
+            *(number(row, name) for name in metrics),
+            f"{row['scores']['distinct']:.0f}",
+            with_unit(row["scores"].get("copied")),
+        ]
+        for title, row, facts in rows
+    ]
     return table([*head, *metrics, "distinct", "copied"], lines)
 
 
@@ -124,9 +131,9 @@ def number(row: Result, name: str) -> str:
     return f"{value} [{ends[0]:.1f}, {ends[1]:.1f}]"
 
 
-def percent(value: float | None, factor: float = 1) -> str:
-    """Return a share in percent."""
-    return "-" if value is None else f"{factor * value:.1f} %"
+def with_unit(value: float | None, unit: str = "%") -> str:
+    """Return a number with its unit, or a dash without one."""
+    return "-" if value is None else f"{value:.1f} {unit}"
 
 
 def protocol_lines(results: Mapping[str, Result], definitions: bool = True) -> str:
@@ -215,15 +222,11 @@ def cost_table(results: Mapping[str, Result]) -> str:
                 result["protocol"]["dataset"],
                 f"{result['parameters'] / 1e6:.1f} M",
                 f"{run['minutes']:.1f} min" if run else "-",
-                _milliseconds(cost.get("decoding_ms")),
-                _milliseconds(1000 / rate if rate else None),
-                _milliseconds(cost.get("encoding_ms")),
+                with_unit(cost.get("decoding_ms"), "ms"),
+                with_unit(1000 / rate if rate else None, "ms"),
+                with_unit(cost.get("encoding_ms"), "ms"),
                 " + ".join(f"{size:.0f}" for size in sizes) + " MB" if all(sizes) else "-",
                 f"{machine['accelerator'] or cores}, load {machine['load']}",
             ]
         )
     return table(head, lines)
-
-
-def _milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} ms"

@@ -63,41 +63,48 @@ def evaluate(
     Raises:
         CapGenError: no such split; impossible decoding options; no CLIP to re-rank with.
     """
-    decoding = with_options(captioner.decoding, rerank, **options)
-    check_decoding(decoding, captioner.longest)
+    decoding = check_decoding(
+        with_options(captioner.decoding, rerank, **options), captioner.longest
+    )
     part = manifest.split(split).limit(limit)
-    feature, dtype = captioner.model.feature, captioner.bundle.extraction_dtype
-    whole = find_cache(manifest, captioner.encoder, feature, dtype)
+    dtype = captioner.bundle.extraction_dtype
+    whole = find_cache(manifest, captioner.encoder, captioner.model.feature, dtype)
     reader = captioner.reading(part, whole)
     failed = reader.cache.failed if reader.cache is not None else {}
     names = [item.image for item in part.items if item.image not in failed]
     started = time.perf_counter()
-    found: dict[str, Caption] = {}
+    captioned: dict[str, Caption] = {}
     for start in tqdm(range(0, len(names), BATCH), desc="captioning", unit="batch"):
         batch = names[start : start + BATCH]
-        found |= zip(batch, reader.caption(batch, rerank=rerank, **options), strict=True)
+        captioned |= zip(batch, reader.caption(batch, rerank=rerank, **options), strict=True)
     seconds = time.perf_counter() - started
-    captions = {name: caption.text for name, caption in found.items()}
-    ended = {name: caption.ended for name, caption in found.items()}
+    captions = {name: caption.text for name, caption in captioned.items()}
+    ended = {name: caption.ended for name, caption in captioned.items()}
     references = split_references(captions, manifest, split)
     rules = protocol(captioner, manifest, split, len(captions), decoding) | {
         "references": sum(map(len, references.values())),
         "chosen_by": reader.scorer.name if rerank else None,
         "temperatures": list(decoding.temperatures) or None,
     }
-    result = {"kind": "evaluation"} | assess(captions, manifest, split, whole, ended, java)
-    result["protocol"] = rules | result["protocol"]
-    result["reranking"] = _reranking(reader, judge, found, references, manifest, rules)
-    result["unfinished"] = len(found) - sum(ended.values())
-    result["captions_per_second"] = round(len(captions) / seconds, 2)
-    result["cost"] = _cost(reader, part, names[:TIMED], decoding)
+    scored = assess(captions, manifest, split, whole, ended, java)
+    result = (
+        {"kind": "evaluation"}
+        | scored
+        | {
+            "protocol": rules | scored["protocol"],
+            "reranking": _reranking(reader, judge, captioned, references, manifest, rules),
+            "unfinished": len(captioned) - sum(ended.values()),
+            "captions_per_second": round(len(captions) / seconds, 2),
+            "cost": _cost(reader, part, names[:TIMED], decoding),
+        }
+    )
     return Evaluation(captions, with_facts(result, captioner.bundle))
 
 
 def _reranking(
     captioner: Captioner,
     judge: DualEncoder | None,
-    found: Mapping[str, Caption],
+    captioned: Mapping[str, Caption],
     references: Mapping[str, Sequence[str]],
     manifest: Manifest,
     rules: Mapping[str, Any],
@@ -108,22 +115,24 @@ def _reranking(
         ``None`` without re-ranking and without a ``judge``.
     """
     result: dict[str, Any] = {}
-    texts = {"CLIPScore": {name: caption.text for name, caption in found.items()}}
+    texts = {"CLIPScore": {name: caption.text for name, caption in captioned.items()}}
     if rules["chosen_by"] is not None:
-        scorer = captioner.scorer
         first = {
             name: next(c.text for c in caption.candidates if c.rank == 0)
-            for name, caption in found.items()
+            for name, caption in captioned.items()
         }  # the captioner's own choices
+        changed = sum(text != first[name] for name, text in texts["CLIPScore"].items())
         texts["CLIPScore without"] = first
-        result = {"scorer": scorer.name, "scorer_weights": scorer.weights_hash()}
-        result["temperatures"] = rules["temperatures"]
-        result["candidates"] = max(len(caption.candidates) for caption in found.values())
-        changed = sum(caption.text != first[name] for name, caption in found.items())
-        result["changed"] = round(changed / len(found), 4)
-        result["scores without"] = scores(first, references, manifest)
+        result = {
+            "scorer": captioner.scorer.name,
+            "scorer_weights": captioner.scorer.weights_hash(),
+            "temperatures": rules["temperatures"],
+            "candidates": max(len(caption.candidates) for caption in captioned.values()),
+            "changed": round(changed / len(captioned), 4),
+            "scores without": scores(first, references, manifest),
+        }
     if judge is not None:
-        names, judge = list(found), judge.to(captioner.device)
+        names, judge = list(captioned), judge.to(captioner.device)
         batches = [names[start : start + BATCH] for start in range(0, len(names), BATCH)]
         images = torch.cat([captioner.clip_vectors(judge, batch) for batch in batches]).numpy()
         texts["CLIPScore of a human caption"] = {name: references[name][0] for name in names}
@@ -222,15 +231,19 @@ def rescore(path: Path, manifest: Manifest, java: bool = False) -> Evaluation:
     weights, dtype = rules.get("encoder_weights", ""), rules.get("extraction_dtype", "")
     features = find_features(manifest, rules["encoder"], weights, dtype, rules.get("feature"))
     scored = assess(captions, manifest, rules["split"], features, None, java)
-    scored["protocol"] = rules | scored["protocol"]
-    rescored = {"date": _today(), "revision": revision()}
-    return Evaluation(captions, result | scored | {"rescored": rescored})
+    scored |= {
+        "protocol": rules | scored["protocol"],
+        "rescored": {"date": _today(), "revision": revision()},
+    }
+    return Evaluation(captions, result | scored)
 
 
 def write_predictions(path: Path, captions: Mapping[str, str]) -> None:
     """Write captions in COCO's results format: a list of ``image_id`` and ``caption``."""
-    rows = [{"image_id": name, "caption": caption} for name, caption in sorted(captions.items())]
-    write_json(path, rows)
+    write_json(
+        path,
+        [{"image_id": name, "caption": caption} for name, caption in sorted(captions.items())],
+    )
 
 
 def ways_of(rules: Mapping[str, Any]) -> str:
@@ -289,32 +302,29 @@ def _cost(
         features, keys = captioner.see([name])
         decode_features(captioner.model, features, captioner.specials, decoding, keys)
 
+    def milliseconds(work: Callable[[str], Any]) -> float:
+        """Return the median of ``work`` per name, after one call to warm up."""
+        work(names[0])
+        times = []
+        for name in names:
+            started = time.perf_counter()
+            work(name)
+            times.append(time.perf_counter() - started)
+        return round(1000 * statistics.median(times), 2)
+
     result = {
         "images": len(names),
-        "decoding_ms": _median(decode_one, names),
-        "encoding_ms": _median(
-            lambda name: encode_images(encoder, [part.root / name], dtype), names
-        ),
-        "captioner_megabytes": weights_megabytes(captioner.model),
-        "encoder_megabytes": weights_megabytes(encoder),
+        "decoding_ms": milliseconds(decode_one),
+        "encoding_ms": milliseconds(lambda name: encode_images(encoder, [part.root / name], dtype)),
+        "captioner_megabytes": _megabytes(captioner.model),
+        "encoder_megabytes": _megabytes(encoder),
     }
     if torch.cuda.is_available():
         result["peak_megabytes"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return result
 
 
-def _median(work: Callable[[str], Any], names: Sequence[str]) -> float:
-    """Return the median milliseconds of ``work`` per name, after one call to warm up."""
-    work(names[0])
-    times = []
-    for name in names:
-        started = time.perf_counter()
-        work(name)
-        times.append(time.perf_counter() - started)
-    return round(1000 * statistics.median(times), 2)
-
-
-def weights_megabytes(module: torch.nn.Module) -> float:
+def _megabytes(module: torch.nn.Module) -> float:
     """Return the size of a module's parameters and buffers in memory, in 10**6 bytes."""
     tensors = [*module.parameters(), *module.buffers()]
     return round(sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6, 1)

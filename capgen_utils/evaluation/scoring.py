@@ -34,9 +34,7 @@ from capgen_utils.evaluation.metrics import (
     Difference,
     Finding,
     Interval,
-    MeteorJava,
     Statistics,
-    Summed,
     bleu,
     diagnose,
     diversity,
@@ -45,6 +43,7 @@ from capgen_utils.evaluation.metrics import (
     labels,
     load_captions,
     load_references,
+    meteor_java,
     meteor_nltk,
     originality,
     paired_bootstrap,
@@ -56,6 +55,8 @@ from capgen_utils.vision.features import FeatureCache
 METEOR_NLTK, METEOR_JAVA = "METEOR (nltk)", "METEOR 1.5"
 CONSTANT, RANDOM, NEAREST = "constant caption", "random training caption", "nearest neighbour"
 WRONG_IMAGES = "BLEU-4 on the wrong images"
+# How each metric and the intervals are computed.
+METRIC_PROTOCOL = {**PROTOCOLS, "tokenisation": TOKENISATION, "intervals": f"{INTERVALS}, seed 0"}
 _AT_ONCE = 256  # images whose grids are averaged at a time
 
 
@@ -63,31 +64,30 @@ class MoreMetrics:
     """The metrics that need other software: nltk's METEOR, if WordNet is installed; METEOR 1.5.
 
     One object serves one evaluation: nltk's METEOR compares every pair of captions once, however
-    many rows contain it, and Java starts once.
+    many rows contain it.
 
     Args:
         java: compute METEOR 1.5 too.
-
-    Raises:
-        CapGenError: Java or pycocoevalcap is missing.
     """
 
     def __init__(self, java: bool = False) -> None:
-        self._reader, self._java = find_wordnet(), MeteorJava() if java else None
+        self._reader, self._java = find_wordnet(), java
         self._known: dict[tuple[str, str], float] = {}
         self.protocol: dict[str, str] = {}
 
     def __call__(self, hypotheses: Captions, references: References) -> Extra:
-        """Return the metrics as ``Statistics.of`` takes them."""
-        result: dict[str, Mapping[str, float] | Summed] = {}
+        """Return the metrics as ``Statistics.of`` takes them.
+
+        Raises:
+            CapGenError: Java or pycocoevalcap is missing.
+        """
+        meteors = {}
         if self._reader is not None:
-            meteor = meteor_nltk(hypotheses, references, self._reader, self._known)
-            self.protocol[METEOR_NLTK], result[METEOR_NLTK] = meteor.label, meteor.images
-        if self._java is not None:
-            meteor = self._java(hypotheses, references)
-            self.protocol[METEOR_JAVA] = meteor.label
-            result[METEOR_JAVA] = meteor.summed or meteor.images
-        return result
+            meteors[METEOR_NLTK] = meteor_nltk(hypotheses, references, self._reader, self._known)
+        if self._java:
+            meteors[METEOR_JAVA] = meteor_java(hypotheses, references)
+        self.protocol |= {name: meteor.label for name, meteor in meteors.items()}
+        return {name: meteor.summed or meteor.images for name, meteor in meteors.items()}
 
 
 def assess(
@@ -128,7 +128,7 @@ def assess(
         "people": people(captions, references, more),
         "warnings": labels(captions, references, whole, training),
         "findings": [asdict(finding) for finding in findings],
-        "protocol": metric_protocol() | more.protocol,
+        "protocol": METRIC_PROTOCOL | more.protocol,
     }
 
 
@@ -194,11 +194,6 @@ def _truth(captions: Captions, manifest: Manifest) -> dict[str, float]:
     return judge(captions, {Path(name).name: scenes[Path(name).name] for name in captions})
 
 
-def metric_protocol() -> dict[str, str]:
-    """Return how each metric and the intervals are computed."""
-    return {**PROTOCOLS, "tokenisation": TOKENISATION, "intervals": f"{INTERVALS}, seed 0"}
-
-
 # --- baselines and people
 
 
@@ -238,11 +233,9 @@ def floors(
 
 def mean_features(features: FeatureCache, names: Sequence[str]) -> np.ndarray:
     """Return one vector per image (N, D): the mean of a grid's cells, or the pooled features."""
-    vectors = []
-    for start in range(0, len(names), _AT_ONCE):
-        rows = features.rows(names[start : start + _AT_ONCE]).float()  # (B, N, D) or (B, ...)
-        vectors.append((rows.mean(dim=1) if rows.ndim == 3 else rows.flatten(1)).numpy())
-    return np.concatenate(vectors)
+    batches = (names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE))
+    rows = (features.rows(batch).float() for batch in batches)  # (B, N, D) or (B, D) each
+    return np.concatenate([(r.mean(dim=1) if r.ndim == 3 else r.flatten(1)).numpy() for r in rows])
 
 
 def people(captions: Captions, references: References, more: MoreMetrics) -> dict[str, Any] | None:
@@ -250,21 +243,18 @@ def people(captions: Captions, references: References, more: MoreMetrics) -> dic
 
     Returns:
         ``rule``, ``references`` (their number), and ``human`` and ``system`` with ``scores`` and
-        ``intervals``; ``None`` if an image has a single caption.
+        ``intervals``; ``None`` if some image has a single caption.
     """
     fewest = min(map(len, references.values()))
     if fewest < 2:
         return None
-    rows = {
-        "human": human_row(references, more),
-        "system": beside_people(captions, references, more),
-    }
+    human, system = human_row(references, more), beside_people(captions, references, more)
     return {"rule": HUMAN_RULE, "references": fewest - 1} | {
         name: {
             "scores": _rounded({metric: interval.value for metric, interval in row.items()}),
             "intervals": _ends(row),
         }
-        for name, row in rows.items()
+        for name, row in (("human", human), ("system", system))
     }
 
 
@@ -348,17 +338,16 @@ def score_files(
         intervals(statistics),
         labels(captions, written, training_images=known),
         diagnose(captions, training=_texts(known) or None, references=written),
-        metric_protocol() | more.protocol,
+        METRIC_PROTOCOL | more.protocol,
         differences,
     )
 
 
 def as_lines(rows: Iterable[tuple[str, float, Sequence[float] | None]]) -> list[str]:
     """Return (name, value, ends of the interval or ``None``) as aligned lines of text."""
-    lines = []
-    for name, value, ends in rows:
-        is_count = float(value).is_integer() and value >= 100
-        shown = f"{value:10.0f}" if is_count else f"{value:10.2f}"
-        interval = f"   [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
-        lines.append(f"  {name:28s} {shown}{interval}")
-    return lines
+    return [
+        f"  {name:28s} "
+        + (f"{value:10.0f}" if float(value).is_integer() and value >= 100 else f"{value:10.2f}")
+        + (f"   [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
+        for name, value, ends in rows
+    ]

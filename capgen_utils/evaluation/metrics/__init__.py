@@ -1,6 +1,5 @@
 """Scores of generated captions, their intervals, and what they hide. Notebook 09 teaches it."""
 
-from capgen_utils.evaluation.metrics.clipscore import clip_score, ref_clip_score
 from capgen_utils.evaluation.metrics.diagnosis import (
     Finding,
     diagnose,
@@ -12,12 +11,13 @@ from capgen_utils.evaluation.metrics.formats import labels, load_captions, load_
 from capgen_utils.evaluation.metrics.judgement import (
     agreement,
     agreement_table,
+    clip_score,
     judged_pairs,
     read_judgements,
+    ref_clip_score,
 )
 from capgen_utils.evaluation.metrics.meteor import (
     Meteor,
-    MeteorJava,
     find_wordnet,
     has_meteor_java,
     meteor_java,

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from capgen_utils.common.files import CapGenError
 from capgen_utils.evaluation.metrics.formats import REPEATED, repeated_caption
-from capgen_utils.evaluation.metrics.ngrams import ORDERS
-from capgen_utils.evaluation.metrics.scores import bleu
+from capgen_utils.evaluation.metrics.scores import ORDERS, bleu
 from capgen_utils.text.ptb import tokenise
 
 # Shares of the captions above which a fault is reported.
@@ -129,17 +128,20 @@ def originality(hypotheses: Mapping[str, str], training: Iterable[str]) -> dict[
     """
     captions = [tuple(tokenise(caption)) for caption in hypotheses.values()]
     known = {tuple(tokenise(caption)) for caption in training}
-    copied = sum(caption in known for caption in captions)
+
+    def percent(hits: Sequence[bool]) -> float:
+        return 100 * sum(hits) / max(1, len(hits))
+
     result = {
-        "distinct_ratio": _percent(len(set(captions)), len(captions)),
-        "copied": _percent(copied, len(captions)),
+        "distinct_ratio": 100 * len(set(captions)) / max(1, len(captions)),
+        "copied": percent([caption in known for caption in captions]),
     }
     for n in ORDERS:
-        ngrams = [ngram for caption in captions for ngram in _ngrams(caption, n)]
-        novel = set(ngrams)
+        said = [ngram for caption in captions for ngram in _ngrams(caption, n)]
+        novel = set(said)
         for caption in known:
             novel.difference_update(_ngrams(caption, n))
-        result[f"novel_{n}"] = _percent(sum(ngram in novel for ngram in ngrams), len(ngrams))
+        result[f"novel_{n}"] = percent([ngram in novel for ngram in said])
     return result
 
 
@@ -153,7 +155,7 @@ def mutual_bleu(samples: Mapping[str, Sequence[str]]) -> dict[str, float]:
         samples: image -> its sampled captions; the same number for each image, two or more.
 
     Raises:
-        CapGenError: an image has fewer than two, or another number than the rest.
+        CapGenError: some image has fewer than two, or another number than the rest.
     """
     sizes = {len(captions) for captions in samples.values()}
     if len(sizes) != 1 or min(sizes) < 2:
@@ -161,16 +163,15 @@ def mutual_bleu(samples: Mapping[str, Sequence[str]]) -> dict[str, float]:
             f"mBLEU cannot compare {sorted(sizes)} samples per image",
             "draw the same number of samples for each image, two or more",
         )
-    rounds = []
-    for k in range(min(sizes)):
-        others = {image: [*captions[:k], *captions[k + 1 :]] for image, captions in samples.items()}
-        rounds.append(bleu({image: captions[k] for image, captions in samples.items()}, others))
+    rounds = [
+        bleu(
+            {image: captions[k] for image, captions in samples.items()},
+            {image: [*captions[:k], *captions[k + 1 :]] for image, captions in samples.items()},
+        )
+        for k in range(min(sizes))
+    ]
     return {f"m{name}": sum(scores[name] for scores in rounds) / len(rounds) for name in rounds[0]}
 
 
 def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-def _percent(count: int, total: int) -> float:
-    return 100 * count / max(1, total)

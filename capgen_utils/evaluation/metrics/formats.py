@@ -3,14 +3,13 @@
 Files are COCO's formats or plain JSON mappings.
 """
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capgen_utils.common.files import CapGenError
-from capgen_utils.evaluation.metrics.ngrams import check_images
+from capgen_utils.common.files import CapGenError, read_json
+from capgen_utils.evaluation.metrics.scores import check_images
 from capgen_utils.text.ptb import tokenise
 
 REPEATED = 0.1  # above this share of the images, one caption for many of them is not chance
@@ -74,8 +73,8 @@ def load_references(path: Path) -> dict[str, list[str]]:
         else:
             references[image] = caption
     for image, captions in references.items():
-        is_list = isinstance(captions, list) and bool(captions)
-        if not is_list or not all(isinstance(caption, str) for caption in captions):
+        texts = captions if isinstance(captions, list) else []
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise CapGenError(f"{path}: {image!r} has no list of captions", _REFERENCES)
     return references
 
@@ -89,12 +88,7 @@ def _read_json(path: Path, remedy: str) -> Any:
             raise CapGenError(f"{path} holds {key[:80]!r} twice", "keep one entry for each image")
         return dict(pairs)
 
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except OSError as error:
-        raise CapGenError(f"cannot read {path}: {error.strerror or error}", remedy) from error
-    except (ValueError, RecursionError) as error:
-        raise CapGenError(f"{path} is not valid JSON ({error})", remedy) from error
+    return read_json(path, remedy, unique)
 
 
 def _entries(path: Path, value: Any, remedy: str) -> Iterator[tuple[str, Any]]:

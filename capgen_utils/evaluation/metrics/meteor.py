@@ -25,8 +25,7 @@ from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import single_meteor_score
 
 from capgen_utils.common.files import CapGenError
-from capgen_utils.evaluation.metrics.ngrams import check_images
-from capgen_utils.evaluation.metrics.scores import Summed
+from capgen_utils.evaluation.metrics.scores import Summed, check_images
 from capgen_utils.text.ptb import tokenise
 
 SYSTEM_WORDNET = Path("/usr/share/wordnet")  # Debian's wordnet-base and wordnet-sense-index
@@ -143,11 +142,12 @@ def meteor_nltk(
                     tokenise(reference), tokenise(caption), stemmer=words, wordnet=words
                 )
         images[image] = 100 * max(known[reference, caption] for reference in references[image])
-    label = (
+    return Meteor(
         f"METEOR of nltk {nltk.__version__} with WordNet {reader.get_version()}, times 100; "
-        "not METEOR 1.5"
+        "not METEOR 1.5",
+        sum(images.values()) / len(images),
+        images,
     )
-    return Meteor(label, sum(images.values()) / len(images), images)
 
 
 # --- METEOR 1.5
@@ -155,8 +155,7 @@ def meteor_nltk(
 
 def has_meteor_java() -> bool:
     """Return whether METEOR 1.5 can run: it needs Java, and its program in pycocoevalcap."""
-    has_program = importlib.util.find_spec("pycocoevalcap") is not None
-    return has_program and shutil.which("java") is not None
+    return bool(importlib.util.find_spec("pycocoevalcap") and shutil.which("java"))
 
 
 def meteor_of_sums(sums: np.ndarray) -> np.ndarray:
@@ -191,41 +190,12 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
 
 
-class MeteorJava:
-    """METEOR 1.5 by the reference's Java program, which starts once and serves all calls.
+@lru_cache(maxsize=1)
+def _program() -> Any:
+    """Return the reference's Java program, which starts once and serves all calls."""
+    from pycocoevalcap.meteor.meteor import Meteor as Program
 
-    Raises:
-        CapGenError: Java or pycocoevalcap is missing.
-    """
-
-    def __init__(self) -> None:
-        if not has_meteor_java():
-            raise CapGenError(
-                "METEOR 1.5 needs Java and the package pycocoevalcap",
-                "install Java 8 or newer and run: pip install pycocoevalcap; or use nltk's METEOR",
-            )
-        from pycocoevalcap.meteor.meteor import Meteor as Program
-
-        self._program = Program()
-
-    def __call__(
-        self, hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
-    ) -> Meteor:
-        """Return METEOR 1.5 of captions; see ``meteor_java``."""
-        check_images(hypotheses, references)
-        rows = {}
-        for image, caption in hypotheses.items():
-            written = [" ".join(tokenise(reference)) for reference in references[image]]
-            values = self._program._stat(" ".join(tokenise(caption)), written).split()
-            row = [float(value) for value in values]
-            # If all words of both match in one chunk, nothing is fragmented: the program counts 0.
-            if row[20] == 1 and row[21] == row[0] and row[22] == row[1]:
-                row[20] = 0.0
-            rows[image] = row
-        table = np.array(list(rows.values()))  # (I, 23)
-        images = dict(zip(rows, meteor_of_sums(table).tolist(), strict=True))
-        corpus = float(meteor_of_sums(table.sum(axis=0)))
-        return Meteor(JAVA_PROTOCOL, corpus, images, Summed(rows, meteor_of_sums))
+    return Program()
 
 
 def meteor_java(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Meteor:
@@ -240,4 +210,20 @@ def meteor_java(hypotheses: Mapping[str, str], references: Mapping[str, Sequence
             nothing to score.
     """
     check_images(hypotheses, references)
-    return MeteorJava()(hypotheses, references)
+    if not has_meteor_java():
+        raise CapGenError(
+            "METEOR 1.5 needs Java and the package pycocoevalcap",
+            "install Java 8 or newer and run: pip install pycocoevalcap; or use nltk's METEOR",
+        )
+    rows = {}
+    for image, caption in hypotheses.items():
+        written = [" ".join(tokenise(reference)) for reference in references[image]]
+        row = [*map(float, _program()._stat(" ".join(tokenise(caption)), written).split())]
+        # If all words of both match in one chunk, nothing is fragmented: the program counts 0.
+        if row[20] == 1 and row[21] == row[0] and row[22] == row[1]:
+            row[20] = 0.0
+        rows[image] = row
+    table = np.array(list(rows.values()))  # (I, 23)
+    images = dict(zip(rows, meteor_of_sums(table).tolist(), strict=True))
+    corpus = float(meteor_of_sums(table.sum(axis=0)))
+    return Meteor(JAVA_PROTOCOL, corpus, images, Summed(rows, meteor_of_sums))

@@ -97,12 +97,11 @@ def paired_bootstrap(
     ours, theirs = first.scores(), second.scores()
     samples = _resampled([first], resamples, seed)
     others = _resampled([second], resamples, seed)
-    differences = {}
-    for name in (name for name in ours if name in theirs):
-        ahead = samples[name] - others[name]  # (B,)
-        wins = float((ahead > 0).mean())
-        differences[name] = Difference(ours[name] - theirs[name], *_ends(ahead), wins)
-    return differences
+    ahead = {name: samples[name] - others[name] for name in ours if name in theirs}  # (B,) each
+    return {
+        name: Difference(ours[name] - theirs[name], *_ends(gaps), float((gaps > 0).mean()))
+        for name, gaps in ahead.items()
+    }
 
 
 def mean_interval(

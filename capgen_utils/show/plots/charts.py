@@ -13,9 +13,6 @@ from matplotlib.ticker import MaxNLocator
 from capgen_utils.common.files import CapGenError
 from capgen_utils.show.plots.style import PALETTE, horizontal, new_figure
 
-# Keeps text legible on a line.
-_BOX: Any = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
-
 # --- distributions and scores
 
 
@@ -98,13 +95,13 @@ def interval_bars(
     """
     metrics = list(metrics or next(iter(rows.values())))
     figure, axes = new_figure(1, len(metrics), (3.0 + 3.1 * len(metrics), 0.34 * len(rows) + 1.35))
-    bar_style: Any = {"color": PALETTE[0], "error_kw": {"ecolor": "#444444", "capsize": 2}}
+    ends = {"ecolor": "#444444", "capsize": 2}
     beside: Any = {"textcoords": "offset points", "va": "center", "fontsize": 9}
     for ax, metric in zip(axes, metrics, strict=True):
         values = np.array([rows[name].get(metric, (np.nan,) * 3) for name in rows])  # (rows, 3)
         middle, low, high = values.T
         errors = np.stack([middle - low, high - middle]).clip(min=0)  # (2, rows)
-        horizontal(ax).barh(list(rows), middle, xerr=errors, **bar_style)
+        horizontal(ax).barh(list(rows), middle, xerr=errors, color=PALETTE[0], error_kw=ends)
         decimals = 2 if np.nanmax(np.abs(values)) < 10 else 1
         for row, (value, _, end) in enumerate(values):
             if np.isfinite(value):
@@ -151,7 +148,8 @@ def learning_curves(runs: Mapping[str, Path]) -> Figure:
         runs: label -> run folder with ``log.jsonl``.
     """
     figure, (loss, score) = new_figure(1, 2, (9.0, 3.2))
-    text: Any = {"textcoords": "offset points", "ha": "center", "bbox": _BOX}
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}  # legible on a line
+    text: Any = {"textcoords": "offset points", "ha": "center", "bbox": box}
     for (name, run), colour in zip(runs.items(), itertools.cycle(PALETTE), strict=False):
         log = read_log(run)
         for ax, key, line, label in (

@@ -73,8 +73,7 @@ def find_bundles() -> dict[str, Path]:
         run = path.parent.parent
         # Without a checkpoint it may be a shipped captioner, copied here instead of training.
         trained_here = (run / "checkpoint.safetensors").is_file()
-        name = f"{run.name} (trained here)" if trained_here else run.name
-        bundles.setdefault(name, path.parent)
+        bundles.setdefault(run.name + " (trained here)" * trained_here, path.parent)
     return dict(sorted(bundles.items(), key=lambda pair: pair[1] != DEFAULT_BUNDLE))
 
 
@@ -363,11 +362,8 @@ class Steps:
     def _draw(self, choice: str, word: int) -> str:
         maps, likely = self._maps.of(choice), self._likely[word]  # (words, N)
         text, top = self._maps.texts[word], scale_top(maps * maps.shape[1])
-        figure = attention_step(
-            self._image, maps[word], top, likely, text, self._maps.preprocessing
-        )
         shown = ", ".join(f"{each.text} {each.probability:.0%}" for each in likely[:3])
         return drawn(
-            figure,
+            attention_step(self._image, maps[word], top, likely, text, self._maps.preprocessing),
             f"The captioner's attention ({choice}) for the word: {text}. Likeliest: {shown}.",
         )
