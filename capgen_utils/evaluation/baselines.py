@@ -184,7 +184,7 @@ def human_row(
         seed: equal seeds draw equal samples.
 
     Raises:
-        CapGenError: an image has fewer than two captions.
+        CapGenError: some image has fewer than two captions.
     """
     each = [_statistics(chosen, others, more) for chosen, others in human_choices(references)]
     return intervals(*each, resamples=resamples, seed=seed)

@@ -63,9 +63,8 @@ def evaluate(
     Raises:
         CapGenError: no such split; impossible decoding options; no CLIP to re-rank with.
     """
-    decoding = check_decoding(
-        with_options(captioner.decoding, rerank, **options), captioner.longest
-    )
+    decoding = with_options(captioner.decoding, rerank, **options)
+    check_decoding(decoding, captioner.longest)
     part = manifest.split(split).limit(limit)
     dtype = captioner.bundle.extraction_dtype
     whole = find_cache(manifest, captioner.encoder, captioner.model.feature, dtype)
@@ -86,18 +85,12 @@ def evaluate(
         "chosen_by": reader.scorer.name if rerank else None,
         "temperatures": list(decoding.temperatures) or None,
     }
-    scored = assess(captions, manifest, split, whole, ended, java)
-    result = (
-        {"kind": "evaluation"}
-        | scored
-        | {
-            "protocol": rules | scored["protocol"],
-            "reranking": _reranking(reader, judge, captioned, references, manifest, rules),
-            "unfinished": len(captioned) - sum(ended.values()),
-            "captions_per_second": round(len(captions) / seconds, 2),
-            "cost": _cost(reader, part, names[:TIMED], decoding),
-        }
-    )
+    result = {"kind": "evaluation"} | assess(captions, manifest, split, whole, ended, java)
+    result["protocol"] = rules | result["protocol"]
+    result["reranking"] = _reranking(reader, judge, captioned, references, manifest, rules)
+    result["unfinished"] = len(captioned) - sum(ended.values())
+    result["captions_per_second"] = round(len(captions) / seconds, 2)
+    result["cost"] = _cost(reader, part, names[:TIMED], decoding)
     return Evaluation(captions, with_facts(result, captioner.bundle))
 
 

@@ -211,7 +211,7 @@ class Demo:
         """Return the chosen captioner with the chosen features; each is loaded once.
 
         Raises:
-            CapGenError: there is none, or it cannot be loaded.
+            CapGenError: no captioner was chosen, or it cannot be loaded.
         """
         name, fp32 = self.model.value, self.fp32.value
         if name is None:
