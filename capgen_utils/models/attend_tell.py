@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from capgen_utils.common.sinusoids import grid_sinusoids
 from capgen_utils.config import RECIPES, AttendTellConfig
 from capgen_utils.models.base import IGNORED, CaptionModel, Memory, SharedState, caption_loss
-from capgen_utils.models.layers import dropout, hide_words
 
 
 @dataclass
@@ -76,7 +75,7 @@ class AttendTellCaptioner(CaptionModel):
     def encode(self, features: Tensor) -> AttendTellMemory:
         """(B, N, D) grid features -> values, keys and the first state."""
         values = self.image_norm(self.image_projection(features)) + self.image_position
-        values = dropout(values, self.config.dropout, self.training)  # (B, N, hidden)
+        values = self.drop(values)  # (B, N, hidden)
         mean = values.mean(1)  # (B, hidden)
         return AttendTellMemory(
             values,
@@ -121,16 +120,12 @@ class AttendTellCaptioner(CaptionModel):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (...) -> (..., embed), scaled to unit size; the output shares the matrix."""
-        return dropout(
-            self.embedding(tokens) * self.config.embed_size**0.5, self.config.dropout, self.training
-        )
+        return self.drop(self.embedding(tokens) * self.config.embed_size**0.5)
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., 2 x hidden + embed) -> (..., V); the output matrix is the embedding."""
-        x = torch.tanh(self.output(dropout(x, self.config.dropout, self.training)))  # (..., embed)
-        return F.linear(
-            dropout(x, self.config.dropout, self.training), self.embedding.weight, self.output_bias
-        )
+        x = torch.tanh(self.output(self.drop(x)))  # (..., embed)
+        return F.linear(self.drop(x), self.embedding.weight, self.output_bias)
 
     def unroll(
         self, memory: AttendTellMemory, tokens: Tensor, image: Tensor
@@ -138,7 +133,7 @@ class AttendTellCaptioner(CaptionModel):
         """Read whole captions; return logits (M, T, V) and attention weights (M, T, N)."""
         keys, values = memory.keys[image], memory.values[image]  # (M, N, attention), (M, N, hidden)
         hidden, cell = memory.hidden[image], memory.cell[image]  # (M, hidden)
-        words = self.embed(hide_words(tokens, self.config.word_dropout, self.unk_id, self.training))
+        words = self.embed(self.hide_words(tokens))
         gates = self.word_gates(words)  # (M, T, 4 x hidden)
         outputs: list[Tensor] = []
         weights: list[Tensor] = []

@@ -4,8 +4,9 @@ It stands between the self-attention, which stays frozen, and the MLP. The gates
 (arXiv 2204.14198).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,15 @@ from capgen_utils.common.files import CapGenError, read_json
 from capgen_utils.common.hub import load_pretrained, read_config
 from capgen_utils.common.sinusoids import grid_sinusoids
 from capgen_utils.config import MINI, RECIPES, ClipGpt2Config
-from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, Pretrained, SharedState
+from capgen_utils.models.base import SharedState
 from capgen_utils.models.layers import (
+    DecoderLayer,
+    LayeredCaptioner,
     TransformerMemory,
-    attend,
     attend_images,
-    causal_weights,
-    dropout,
-    hide_words,
 )
 from capgen_utils.text.vocabulary import token_rows, tokenizer_from_json
+from capgen_utils.text.words import Tokenizer
 
 SIZES = ("n_embd", "n_layer", "n_head", "n_positions")
 WAYS = (
@@ -65,7 +65,29 @@ def project(layer: Any, x: Tensor) -> Tensor:
     return torch.addmm(layer.bias, x.flatten(0, -2), layer.weight).view(*x.shape[:-1], -1)
 
 
-class Gpt2Decoder(CaptionModel):
+class Gpt2Layer(DecoderLayer):
+    """A layer of GPT-2, computed as ``DecoderLayer``; the library's ``block`` holds the weights.
+
+    It is not a submodule of the captioner, whose weights keep the library's names.
+    """
+
+    def __init__(self, block: Any, config: ClipGpt2Config) -> None:
+        nn.Module.__init__(self)
+        block.attn._buffers.clear()  # older releases store causal masks, which are not needed here
+        product: Any = partial
+        self.heads, self.width = config.n_head, config.n_embd // config.n_head
+        self.norm_self, self.norm_feed, self.mlp = block.ln_1, block.ln_2, block.mlp
+        self.self_qkv = product(project, block.attn.c_attn)
+        self.self_out = product(project, block.attn.c_proj)
+        self.feed = self.apply_mlp
+
+    def apply_mlp(self, x: Tensor) -> Tensor:
+        """(M, T, n_embd) -> the same."""
+        hidden = F.gelu(project(self.mlp.c_fc, x), approximate="tanh")  # (M, T, 4 * n_embd)
+        return project(self.mlp.c_proj, hidden)
+
+
+class Gpt2Decoder(LayeredCaptioner):
     """GPT-2 as the language half of a captioner; this class ignores the image.
 
     The library's modules hold the weights under the library's names. The layers are run here, with
@@ -82,7 +104,6 @@ class Gpt2Decoder(CaptionModel):
     """
 
     Config = ClipGpt2Config
-    looks = False  # at the image
 
     def __init__(self, config: ClipGpt2Config, vocabulary_size: int, unk_id: int) -> None:
         super().__init__()
@@ -104,110 +125,23 @@ class Gpt2Decoder(CaptionModel):
         self.config, self.unk_id = config, unk_id
         self.gpt2: Any = GPT2Model(settings)
         # A tuple: looking a layer up in a ModuleList takes as long as a small product.
-        self._blocks: tuple[Any, ...] = tuple(self.gpt2.h)
-        for block in self._blocks:  # older releases store causal masks, which are not needed here
-            block.attn._buffers.clear()
+        self.layers = tuple(Gpt2Layer(block, config) for block in self.gpt2.h)
 
-    def embed(self, tokens: Tensor, first: int = 0) -> Tensor:
+    def embed_words(self, tokens: Tensor, first: int = 0) -> Tensor:
         """Token ids (M, T) at positions ``first``, ... -> (M, T, n_embd)."""
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)  # (T,)
         x = self.gpt2.wte(tokens) + self.gpt2.wpe(positions)  # (M, T, n_embd)
-        return dropout(x, self.config.dropout, self.training)
+        return self.drop(x)
 
-    def project_self(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Layer i's query, key and value: (M, T, n_embd) -> three (M, heads, T, width)."""
-        block = self._blocks[i]
-        x = project(block.attn.c_attn, block.ln_1(x))  # (M, T, 3 * n_embd)
-        x = x.unflatten(-1, (3, self.config.n_head, -1))  # (M, T, 3, heads, width)
-        query, key, value = x.permute(2, 0, 3, 1, 4).unbind()
-        return query, key, value
-
-    def add_self(
-        self, i: int, x: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool
-    ) -> Tensor:
-        """Add layer i's self-attention to ``x`` (M, T, n_embd)."""
-        attended = attend(query, key, value, causal).transpose(1, 2).flatten(2)  # (M, T, n_embd)
-        attended = project(self._blocks[i].attn.c_proj, attended)
-        return x + dropout(attended, self.config.dropout, self.training)
-
-    def add_image(
-        self, i: int, x: Tensor, memory: Any, grouping: Grouping | None, attention: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Add layer i's cross-attention to the image to ``x`` (M, T, n_embd); here there is none.
-
-        Returns:
-            The sum, and the weights (M, heads, T, N) if asked for.
-        """
-        return x, None
-
-    def add_feed(self, i: int, x: Tensor) -> Tensor:
-        """Add layer i's MLP to ``x`` (M, T, n_embd)."""
-        block = self._blocks[i]
-        hidden = F.gelu(project(block.mlp.c_fc, block.ln_2(x)), approximate="tanh")  # (M, T, 4 * n)
-        return x + dropout(project(block.mlp.c_proj, hidden), self.config.dropout, self.training)
+    def run_layer(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """As ``LayeredCaptioner.run_layer``; with gradient checkpointing it runs again later."""
+        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(super().run_layer, *args, use_reentrant=False, **options)
+        return super().run_layer(*args, **options)
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., n_embd) -> (..., V): the final norm; the output matrix is the token embedding."""
         return F.linear(self.gpt2.ln_f(x), self.gpt2.wte.weight)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(M, T, D) -> (M, heads, T, D / heads)."""
-        return x.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2)
-
-    def _layer(self, i: int, x: Tensor, memory: Any, grouping: Grouping) -> Tensor:
-        x = self.add_self(i, x, *self.project_self(i, x), causal=True)
-        x, _ = self.add_image(i, x, memory, grouping)
-        return self.add_feed(i, x)
-
-    def forward(self, memory: Any, tokens: Tensor, image: Tensor) -> Tensor:
-        """Logits (M, T, V) of the next token at every position; see ``CaptionModel.forward``."""
-        tokens = hide_words(tokens, self.config.word_dropout, self.unk_id, self.training)
-        grouping = Grouping(image, memory.images)
-        twice = self.config.gradient_checkpointing and torch.is_grad_enabled()
-        x = self.embed(tokens)  # (M, T, n_embd)
-        for i in range(self.config.n_layer):
-            if twice:
-                x = checkpoint(self._layer, i, x, memory, grouping, use_reentrant=False)
-            else:
-                x = self._layer(i, x, memory, grouping)
-        return self.logits(x)
-
-    def start(self, memory: Any) -> SharedState:
-        """The state before the first token, one hypothesis per image."""
-        heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
-        like = next(iter(memory.tensors().values()))  # the cache takes its device and dtype
-        cache = KeyValues.new(like, self.config.n_layer, memory.images, heads, width)
-        return SharedState.new(memory, cache)
-
-    def step(
-        self, tokens: Tensor, state: SharedState, attention: bool = False
-    ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
-        """One position with a cache; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
-        cache = state.cache[0].longer()
-        x = self.embed(tokens[:, None], cache.length - 1)  # (M, 1, n_embd)
-        grouping = state.grouping if self.looks else None
-        weights = {}
-        for i in range(self.config.n_layer):
-            query, key, value = self.project_self(i, x)
-            keys, values = cache.put(i, key, value)
-            x = self.add_self(i, x, query, keys, values, causal=False)
-            x, looked = self.add_image(i, x, state.memory, grouping, attention)
-            x = self.add_feed(i, x)
-            if looked is not None:
-                weights[f"layer{i}"] = looked[:, :, 0]  # (M, heads, N)
-        return self.logits(x[:, 0]), state.after(cache), weights
-
-    def attention_by_layer(self, memory: Any, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """See ``CaptionModel.attention_by_layer``."""
-        grouping = Grouping(tokens.new_zeros(1), 1)
-        x = self.embed(tokens)  # (1, T, n_embd)
-        for i in range(self.config.n_layer):
-            query, key, value = self.project_self(i, x)  # (1, heads, T, width) each
-            x = self.add_self(i, x, query, key, value, causal=True)
-            x, looked = self.add_image(i, x, memory, grouping, attention=True)
-            x = self.add_feed(i, x)
-            if looked is not None:
-                yield looked, causal_weights(query, key)
 
 
 class ImageAttention(nn.Module):
@@ -253,7 +187,6 @@ class ClipGpt2Captioner(Gpt2Decoder):
     feature = "grid"
     recipe = RECIPES[name]
     chunks = 2
-    looks = True
 
     def __init__(
         self,
@@ -292,7 +225,9 @@ class ClipGpt2Captioner(Gpt2Decoder):
         source = config.language_model
         return config if source == MINI else with_sizes_of(config, source)
 
-    def load_pretrained(self, source: Pretrained) -> None:
+    def load_pretrained(
+        self, tokenizer: Tokenizer, language_model: Callable[[], Path], clip: Any = None
+    ) -> None:
         """Start from the language model that the hyperparameters name.
 
         Raises:
@@ -300,12 +235,12 @@ class ClipGpt2Captioner(Gpt2Decoder):
         """
         name = self.config.language_model
         if name != MINI:
-            load_language_model(self, name, getattr(source.tokenizer, "original_ids", None))
+            load_language_model(self, name, getattr(tokenizer, "original_ids", None))
             return
-        folder = source.language_model()
+        folder = language_model()
         remedy = f"delete {folder} and {folder}-run: the next training creates them again"
         vocabulary = tokenizer_from_json(read_json(folder / "tokenizer.json", remedy))
-        rows = token_rows(vocabulary, source.tokenizer)
+        rows = token_rows(vocabulary, tokenizer)
         if rows is None:
             raise CapGenError(
                 f"the language model in {folder} was trained on another vocabulary", remedy
@@ -322,21 +257,19 @@ class ClipGpt2Captioner(Gpt2Decoder):
         """(B, N, D) grid features -> keys and values of every layer."""
         if self.config.image_positions:
             features = self.image_norm(self.image_projection(features)) + self.image_position
-        features = dropout(features, self.config.dropout, self.training)  # (B, N, D or n_embd)
-        keys_values = self.cross_keys_values(features)  # (B, N, 2 * layers * width * heads)
-        keys_values = keys_values.unflatten(-1, (2, self.config.n_layer, self.config.n_head, -1))
-        keys, values = keys_values.permute(2, 3, 0, 4, 1, 5)  # each (layers, B, heads, N, width)
-        return TransformerMemory(keys, values)
+        features = self.drop(features)  # (B, N, D or n_embd)
+        return TransformerMemory.split(self.cross_keys_values(features), self.layers)
 
     def add_image(
-        self, i: int, x: Tensor, memory: TransformerMemory, grouping: Any, attention: bool = False
+        self, i: int, x: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Add layer i's attention over the image; see ``Gpt2Decoder.add_image``."""
+        """Add layer i's attention over the image; see ``LayeredCaptioner.add_image``."""
         cross: Any = self.cross[i]
-        query = self.split_heads(cross.query(cross.norm(x)))  # (M, heads, T, width)
-        read, weights = attend_images(query, memory.keys[i], memory.values[i], grouping, attention)
+        keys, values = state.memory.keys[i], state.memory.values[i]  # (B, heads, N, width) each
+        query = self.layers[i].split_heads(cross.query(cross.norm(x)))  # (M, heads, T, width)
+        read, weights = attend_images(query, keys, values, state.grouping, attention)
         added = cross.opened(cross.out(read.transpose(1, 2).flatten(2)))  # (M, T, n_embd)
-        return x + dropout(added, self.config.dropout, self.training), weights
+        return x + self.drop(added), weights
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., n_embd) -> (..., V): the final norm, then the head or the tied token embedding."""

@@ -3,8 +3,9 @@
 As ClipCap, arXiv 2111.09734, but with a decoder trained from scratch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from torch.nn import functional as F
 
 from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError
-from capgen_utils.common.sinusoids import sinusoids
 from capgen_utils.config import RECIPES, ClipPrefixConfig
-from capgen_utils.models.base import CaptionModel, KeyValues, Memory, Pretrained, SharedState
-from capgen_utils.models.layers import DecoderLayer, attend, dropout, hide_words
+from capgen_utils.models.base import Memory, SharedState
+from capgen_utils.models.layers import LayeredCaptioner, attend
 from capgen_utils.text.vocabulary import token_rows
+from capgen_utils.text.words import Tokenizer
 
 
 @dataclass
@@ -112,7 +113,7 @@ class TextTower(nn.Module):
         return text.final_layer_norm(x), torch.stack(all_keys), torch.stack(all_values)
 
 
-class ClipPrefixCaptioner(CaptionModel):
+class ClipPrefixCaptioner(LayeredCaptioner):
     """One image token, then words, through causal self-attention; there is no cross-attention.
 
     Args:
@@ -135,11 +136,6 @@ class ClipPrefixCaptioner(CaptionModel):
         unk_id: int,
     ) -> None:
         super().__init__()
-        if config.d_model % config.n_head:
-            raise CapGenError(
-                f"d_model {config.d_model} is not a multiple of n_head {config.n_head}",
-                "choose another width or number of heads",
-            )
         if config.text_inputs not in ("learned", "tower"):
             raise CapGenError(
                 f"clip_prefix cannot read words as {config.text_inputs!r}", "use learned or tower"
@@ -150,30 +146,11 @@ class ClipPrefixCaptioner(CaptionModel):
         # them to unit size.
         self.scale = nn.Parameter(torch.tensor(float(feature_shape[0]) ** 0.5))
         self.image_projection = nn.Linear(feature_shape[0], width)
-        self.embedding = nn.Embedding(vocabulary_size, width)
-        self.position = nn.Parameter(sinusoids(torch.arange(config.seq_len), width))
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, cross=False) for _ in range(config.n_decode)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
-        self._initialise()
+        self.build_words(config, vocabulary_size, cross=False)
         self.tower: TextTower | None = None
         if config.text_inputs == "tower":
             self.tower = TextTower(config, vocabulary_size)
             self.tower_projection = nn.Linear(config.tower_width, width)
-
-    def _initialise(self) -> None:
-        """Let words, their positions and the image all start at about unit size."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                nn.init.zeros_(module.bias)
-        for layer in self.decoder_layers():
-            for last in layer.last_linears():  # small, so that the sum over layers stays small
-                std = (2 * self.config.n_decode * last.in_features) ** -0.5
-                nn.init.normal_(last.weight, std=std)
-        nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
 
     @classmethod
     def fit_config(cls, config: ClipPrefixConfig, clip: Any = None) -> ClipPrefixConfig:
@@ -189,20 +166,22 @@ class ClipPrefixCaptioner(CaptionModel):
             tower_positions=text.max_position_embeddings,
         )
 
-    def load_pretrained(self, source: Pretrained) -> None:
+    def load_pretrained(
+        self, tokenizer: Tokenizer, language_model: Callable[[], Path], clip: Any = None
+    ) -> None:
         """Start from the word embeddings, and the text tower, of the CLIP that encodes the images.
 
         Raises:
             CapGenError: CLIP's vocabulary lacks tokens of the captioner, which reads its tower.
         """
-        if source.clip is None:
+        if clip is None:
             return
-        rows = token_rows(source.clip.tokenizer, source.tokenizer)
+        rows = token_rows(clip.tokenizer, tokenizer)
         if rows is not None:
-            self.start_from(source.clip.clip.text_model, rows)
+            self.start_from(clip.clip.text_model, rows)
         elif self.tower is not None:
             raise CapGenError(
-                f"{source.clip.name} reads other tokens than the captioner",
+                f"{clip.name} reads other tokens than the captioner",
                 "read learned words (text_inputs), or train it again",
             )
 
@@ -229,10 +208,6 @@ class ClipPrefixCaptioner(CaptionModel):
         with torch.no_grad():
             self.embedding.weight.copy_(table / table.std() * width**-0.5)
 
-    def decoder_layers(self) -> list[DecoderLayer]:
-        """Return the layers, first to last."""
-        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
-
     def encode(self, features: Tensor) -> PrefixMemory:
         """Embeddings (B, E) -> the prefix (B, d_model)."""
         image = F.normalize(features, dim=-1) * self.scale  # (B, E)
@@ -240,15 +215,14 @@ class ClipPrefixCaptioner(CaptionModel):
             image = image + self.config.noise * torch.randn_like(image)
         return PrefixMemory(self.image_projection(image))
 
-    def embed(self, tokens: Tensor, cache: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Token ids (M, T) -> (M, T, d_model), and the text tower's cache, if there is a tower.
-
-        Learned embeddings are scaled to unit size: the output shares the matrix.
-        """
+    def read_tower(
+        self, tokens: Tensor, cache: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Token ids (M, T) -> (M, T, d_model), and the text tower's cache, if there is a tower."""
         if self.tower is None:
-            return self.embedding(tokens) * self.config.d_model**0.5, cache
-        x, keys, values = self.tower(tokens, *cache)  # x: (M, T, tower_width)
-        return self.tower_projection(x), (keys, values)
+            return self.embed(tokens), cache
+        x, *cached = self.tower(tokens, *cache)  # x: (M, T, tower_width)
+        return self.tower_projection(x), tuple(cached)
 
     def _empty_tower(self, captions: int, like: Tensor) -> tuple[Tensor, ...]:
         """Return keys and values (layers, M, heads, 0, width), or nothing without a tower."""
@@ -259,39 +233,28 @@ class ClipPrefixCaptioner(CaptionModel):
         empty = like.new_zeros(c.tower_layers, captions, c.tower_heads, 0, width)
         return empty, empty
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(..., d_model) -> (..., V); the output matrix is the embedding (arXiv 1608.05859)."""
-        return F.linear(self.norm(x), self.embedding.weight, self.output_bias)
-
     def forward(self, memory: PrefixMemory, tokens: Tensor, image: Tensor) -> Tensor:
         """Logits (M, T, V) of the next token at every position; see ``CaptionModel.forward``."""
-        hidden = hide_words(tokens, self.config.word_dropout, self.unk_id, self.training)
-        words, _ = self.embed(hidden, self._empty_tower(len(tokens), memory.prefix))
+        empty = self._empty_tower(len(tokens), memory.prefix)
+        words, _ = self.read_tower(self.hide_words(tokens), empty)  # (M, T, d_model)
         # The prefix replaces the start token.
         x = torch.cat([memory.prefix[image, None], words[:, 1:]], 1)  # (M, T, d_model)
-        x = dropout(x + self.position[: tokens.shape[1]], self.config.dropout, self.training)
-        for layer in self.decoder_layers():
-            x = layer.add_self(x, *layer.project_self(x), causal=True)
-            x = layer.add_feed(x)
+        x = self.drop(x + self.position[: tokens.shape[1]])
+        for i in range(len(self.layers)):
+            x, _ = self.run_layer(i, x, SharedState(memory, image, ()))
         return self.logits(x)
 
     def start(self, memory: PrefixMemory) -> SharedState:
         """The state before the first token, one hypothesis per image."""
-        c, images = self.config, memory.images
-        cache = KeyValues.new(memory.prefix, c.n_decode, images, c.n_head, c.d_model // c.n_head)
-        return SharedState.new(memory, cache, *self._empty_tower(images, memory.prefix))
+        tower = self._empty_tower(memory.images, memory.prefix)
+        return SharedState.new(memory, *super().start(memory).cache, *tower)
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
         """One position with a cache; see ``CaptionModel.step``. There are no attention weights."""
-        cache, tower = state.cache[0].longer(), state.cache[1:]
-        x, tower_cache = self.embed(tokens[:, None], tower)  # x: (M, 1, d_model)
+        cache = state.cache[0].longer()
+        x, tower = self.read_tower(tokens[:, None], state.cache[1:])  # x: (M, 1, d_model)
         x = cache.at_first(state.memory.prefix[state.image, None], x)  # replaces the start token
         x = x + self.position[cache.length - 1]  # (M, 1, d_model)
-        for i, layer in enumerate(self.decoder_layers()):
-            query, key, value = layer.project_self(x)
-            keys, values = cache.put(i, key, value)
-            x = layer.add_self(x, query, keys, values, causal=False)
-            x = layer.add_feed(x)
-        return self.logits(x[:, 0]), state.after(cache, *tower_cache), {}
+        return self.finish_step(x, state, attention, cache, *tower)

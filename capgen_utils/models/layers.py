@@ -1,13 +1,18 @@
-"""Parts that captioners share: attention, dropout and the transformer layer (notebook 05)."""
+"""Parts that captioners share: attention, the transformer layer and a stack of them
+(notebook 05)."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capgen_utils.models.base import Grouping, Memory
+from capgen_utils.common.files import CapGenError
+from capgen_utils.common.sinusoids import sinusoids
+from capgen_utils.config import ClipPrefixConfig, TransformerConfig
+from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, Memory, SharedState
 
 
 @dataclass
@@ -17,6 +22,13 @@ class TransformerMemory(Memory):
     axis: ClassVar[int] = 1
     keys: Tensor
     values: Tensor
+
+    @classmethod
+    def split(cls, projected: Tensor, layers: Sequence[Any]) -> Self:
+        """Split what one linear map returned for all ``layers``: (B, N, 2 * layers * width)."""
+        parts = projected.unflatten(-1, (2, len(layers), layers[0].heads, -1))
+        keys, values = parts.permute(2, 3, 0, 4, 1, 5)  # each (layers, B, heads, N, width)
+        return cls(keys, values)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, causal: bool = False) -> Tensor:
@@ -60,48 +72,6 @@ def attend_images(
     return grouping.scatter(attended.unflatten(2, (-1, length)).transpose(1, 2)), weights
 
 
-def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Zero each element with ``probability`` while training and scale the others up.
-
-    On a CPU, torch draws one random number per element on one core, which can take a third of a
-    training step. Here, eight elements share the bytes of one 64-bit number instead; the
-    probability is rounded to 1/256.
-    """
-    if not training or not probability:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, probability)
-    dropped = min(255, max(1, round(probability * 256)))
-    numbers = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    keep = numbers.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
-    return x * (keep.to(x.dtype) * (256 / (256 - dropped)))
-
-
-def hide_words(tokens: Tensor, probability: float, unk_id: int, training: bool) -> Tensor:
-    """Replace words of ``tokens`` (M, T) by ``unk_id`` with ``probability`` while training.
-
-    The decoder then has to look at the image instead of completing the sentence from memory. The
-    start token is kept.
-    """
-    if not training or not probability:
-        return tokens
-    hidden = torch.rand(tokens.shape, device=tokens.device) < probability
-    hidden[:, 0] = False
-    return tokens.masked_fill(hidden, unk_id)
-
-
-class Dropout(nn.Module):
-    """``dropout`` as a module."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` with elements dropped while training."""
-        return dropout(x, self.probability, self.training)
-
-
 def causal_weights(query: Tensor, key: Tensor) -> Tensor:
     """Return the weights (M, heads, T, T) of self-attention over earlier tokens and the token
     itself.
@@ -114,94 +84,155 @@ def causal_weights(query: Tensor, key: Tensor) -> Tensor:
     return scores.masked_fill(later, -torch.inf).softmax(-1)
 
 
-class DecoderSizes(Protocol):
-    """The hyperparameters that a decoder layer needs."""
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        ...
-
-    @property
-    def n_head(self) -> int:
-        """Attention heads; divides ``d_model``."""
-        ...
-
-    @property
-    def fc_dim(self) -> int:
-        """Width of the feed-forward network."""
-        ...
-
-    @property
-    def dropout(self) -> float:
-        """Probability."""
-        ...
-
-
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with a layer norm and a residual.
 
     Args:
         config: sizes.
         cross: include cross-attention to an image; without it the layer is GPT-2's.
+
+    Attributes:
+        heads, width: attention heads, and the width of each.
+
+    Raises:
+        CapGenError: the heads do not divide the width.
     """
 
-    def __init__(self, config: DecoderSizes, cross: bool = True) -> None:
+    def __init__(self, config: TransformerConfig | ClipPrefixConfig, cross: bool = True) -> None:
         super().__init__()
         width = config.d_model
-        self.heads, self.dropout, self.cross = config.n_head, config.dropout, cross
+        if width % config.n_head:
+            raise CapGenError(
+                f"d_model {width} is not a multiple of n_head {config.n_head}",
+                "choose another width or number of heads",
+            )
+        self.heads, self.width = config.n_head, width // config.n_head
         self.norm_self = nn.LayerNorm(width)
         if cross:
             self.norm_cross = nn.LayerNorm(width)
         self.norm_feed = nn.LayerNorm(width)
-        self.self_qkv = nn.Linear(width, 3 * width)
-        self.self_out = nn.Linear(width, width)
+        self.self_qkv, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         if cross:
-            self.cross_query = nn.Linear(width, width)
-            self.cross_out = nn.Linear(width, width)
-        self.feed = nn.Sequential(
+            self.cross_query, self.cross_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.feed: Any = nn.Sequential(
             nn.Linear(width, config.fc_dim), nn.GELU(), nn.Linear(config.fc_dim, width)
         )
-
-    def last_linears(self) -> list[nn.Linear]:
-        """The linear maps whose results are added to the residual stream."""
-        last = [self.self_out, *([self.cross_out] if self.cross else []), self.feed[-1]]
-        return [m for m in last if isinstance(m, nn.Linear)]
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(M, T, D) -> (M, heads, T, D / heads)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def project_self(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_self(self, x: Tensor) -> list[Tensor]:
         """Self-attention's query, key, value: (M, T, D) -> three (M, heads, T, D / heads)."""
-        query, key, value = self.self_qkv(self.norm_self(x)).chunk(3, dim=-1)
-        return self.split_heads(query), self.split_heads(key), self.split_heads(value)
+        return [self.split_heads(part) for part in self.self_qkv(self.norm_self(x)).chunk(3, -1)]
 
-    def add_self(
-        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool
-    ) -> Tensor:
-        """Add self-attention to ``x`` (M, T, D)."""
-        attended = attend(query, key, value, causal)  # (M, heads, T, D / heads)
-        return x + self.drop(self.self_out(attended.transpose(1, 2).flatten(2)))
 
-    def add_cross(
-        self, x: Tensor, keys: Tensor, values: Tensor, grouping: Grouping, attention: bool = False
+class LayeredCaptioner(CaptionModel):
+    """A captioner that is a stack of layers with self-attention over the words.
+
+    Attributes:
+        layers: each a ``DecoderLayer``, first to last.
+    """
+
+    layers: Any
+
+    def build_words(self, config: Any, vocabulary_size: int, cross: bool) -> None:
+        """Make all parts that read and score words; everything starts at about unit size."""
+        width = config.d_model
+        self.embedding = nn.Embedding(vocabulary_size, width)
+        self.position = nn.Parameter(sinusoids(torch.arange(config.seq_len), width))
+        self.layers = nn.ModuleList(DecoderLayer(config, cross) for _ in range(config.n_decode))
+        self.norm = nn.LayerNorm(width)
+        self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                nn.init.zeros_(module.bias)
+        for layer in self.layers:  # what layers add starts small, so that the sum stays small
+            added = [layer.self_out, *([layer.cross_out] if cross else []), layer.feed[-1]]
+            for linear in added:
+                std = (len(added) * config.n_decode * linear.in_features) ** -0.5
+                nn.init.normal_(linear.weight, std=std)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (...) -> (..., D), scaled to unit size; the output shares the matrix."""
+        return self.embedding(tokens) * self.config.d_model**0.5
+
+    def embed_words(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Token ids (M, T) at positions ``first``, ... -> the first layer's input (M, T, D)."""
+        return self.drop(self.embed(tokens) + self.position[first : first + tokens.shape[1]])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., V); the output matrix is the embedding (arXiv 1608.05859)."""
+        return F.linear(self.norm(x), self.embedding.weight, self.output_bias)
+
+    def add_image(
+        self, i: int, x: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Add attention over the image to ``x`` (M, T, D).
+        """Add layer i's attention over the image to ``x`` (M, T, D); by default there is none.
 
-        Args:
-            keys, values: (B, heads, N, D / heads), one entry per image, shared by its captions.
-            grouping: which captions belong to which image.
-            attention: also return the weights (M, heads, T, N).
+        Returns:
+            The sum, and the weights (M, heads, T, N) if asked for.
         """
-        query = self.split_heads(self.cross_query(self.norm_cross(x)))  # (M, heads, T, width)
-        attended, weights = attend_images(query, keys, values, grouping, attention)
-        return x + self.drop(self.cross_out(attended.transpose(1, 2).flatten(2))), weights
+        return x, None
 
-    def add_feed(self, x: Tensor) -> Tensor:
-        """Add the feed-forward network to ``x`` (M, T, D)."""
-        return x + self.drop(self.feed(self.norm_feed(x)))
+    def run_layer(
+        self, i: int, x: Tensor, state: SharedState, cache: Any = None, attention: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Layer i: (M, T, D) -> (M, T, D), of whole captions, or of the newest token of ``cache``.
 
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout while training."""
-        return dropout(x, self.dropout, self.training)
+        Returns:
+            The sum, and the weights over the image (M, heads, T, N) if asked for.
+        """
+        layer = self.layers[i]
+        query, keys, values = layer.project_self(x)  # (M, heads, T, width) each
+        if cache is not None:
+            keys, values = cache.put(i, keys, values)  # of all tokens so far
+        attended = attend(query, keys, values, causal=cache is None)  # (M, heads, T, width)
+        x = x + self.drop(layer.self_out(attended.transpose(1, 2).flatten(2)))
+        x, weights = self.add_image(i, x, state, attention)
+        return x + self.drop(layer.feed(layer.norm_feed(x))), weights
+
+    def forward(self, memory: Any, tokens: Tensor, image: Tensor) -> Tensor:
+        """Logits (M, T, V) of the next token at every position; see ``CaptionModel.forward``."""
+        state = SharedState(memory, image, ())
+        x = self.embed_words(self.hide_words(tokens))  # (M, T, D)
+        for i in range(len(self.layers)):  # self-attention, attention over the image, feed-forward
+            x, _ = self.run_layer(i, x, state)
+        return self.logits(x)
+
+    def start(self, memory: Any) -> SharedState:
+        """The state before the first token, one hypothesis per image."""
+        like = next(iter(memory.tensors().values()))  # the cache takes its device and dtype
+        count, layer = len(self.layers), self.layers[0]
+        cache = KeyValues.new(like, count, memory.images, layer.heads, layer.width)
+        return SharedState.new(memory, cache)
+
+    def step(
+        self, tokens: Tensor, state: SharedState, attention: bool = False
+    ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
+        """One position with a cache; see ``CaptionModel.step``. Weights are named ``layer0`` ..."""
+        cache = state.cache[0].longer()
+        x = self.embed_words(tokens[:, None], cache.length - 1)  # (M, 1, D)
+        return self.finish_step(x, state, attention, cache)
+
+    def finish_step(
+        self, x: Tensor, state: SharedState, attention: bool, *cache: Any
+    ) -> tuple[Tensor, SharedState, Mapping[str, Tensor]]:
+        """Run all layers on the newest token (M, 1, D), with room for it in ``cache[0]``."""
+        weights = {}
+        for i in range(len(self.layers)):
+            x, looked = self.run_layer(i, x, state, cache[0], attention)
+            if looked is not None:
+                weights[f"layer{i}"] = looked[:, :, 0]  # (M, heads, N)
+        return self.logits(x[:, 0]), state.after(*cache), weights
+
+    def attention_by_layer(self, memory: Any, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``CaptionModel.attention_by_layer``."""
+        state, x = SharedState(memory, tokens.new_zeros(1), ()), self.embed_words(tokens)
+        for i, layer in enumerate(self.layers):
+            query, key, _ = layer.project_self(x)  # (1, heads, T, width) each
+            x, looked = self.run_layer(i, x, state, attention=True)
+            if looked is not None:
+                yield looked, causal_weights(query, key)

@@ -11,7 +11,6 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.common.sinusoids import grid_sinusoids
 from capgen_utils.config import RECIPES, ShowTellConfig
 from capgen_utils.models.base import CaptionModel, Memory, SharedState
-from capgen_utils.models.layers import dropout, hide_words
 
 
 @dataclass
@@ -99,7 +98,7 @@ class ShowTellCaptioner(CaptionModel):
         """Inputs (M, T, embed), states (layers, M, hidden) -> outputs (M, T, hidden), states."""
         last = []
         for i, lstm in enumerate(self.lstm):
-            x = dropout(x, self.config.dropout, self.training)
+            x = self.drop(x)
             x, state = lstm(x, (hidden[i : i + 1].to(x.dtype), cell[i : i + 1].to(x.dtype)))
             # x: (M, T, hidden)
             last.append(state)
@@ -111,12 +110,12 @@ class ShowTellCaptioner(CaptionModel):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., V); the output matrix is the embedding (arXiv 1608.05859)."""
-        x = dropout(x, self.config.dropout, self.training)
+        x = self.drop(x)
         return F.linear(self.output(x), self.embedding.weight, self.output_bias)
 
     def forward(self, memory: ShowTellMemory, tokens: Tensor, image: Tensor) -> Tensor:
         """Logits (M, T, V) of the next token at every position; see ``CaptionModel.forward``."""
-        tokens = hide_words(tokens, self.config.word_dropout, self.unk_id, self.training)
+        tokens = self.hide_words(tokens)
         hidden = memory.hidden[image].transpose(0, 1)  # (layers, M, hidden)
         cell = memory.cell[image].transpose(0, 1)  # (layers, M, hidden)
         x, _, _ = self._read(self.embed(tokens), hidden, cell)  # (M, T, hidden)

@@ -20,7 +20,7 @@ from capgen_utils.config import MINI, ClipGpt2Config
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.data.manifest import Manifest
 from capgen_utils.models import CaptionModel
-from capgen_utils.models.base import IGNORED, Memory, Pretrained
+from capgen_utils.models.base import IGNORED, Memory
 from capgen_utils.models.clip_gpt2 import SIZES, ClipGpt2Captioner, Gpt2Decoder, gpt2_config
 from capgen_utils.presets import Preset
 from capgen_utils.text.vocabulary import fit_tokenizer
@@ -54,7 +54,7 @@ def initialise(
         CapGenError: the networks are not available, or do not fit.
     """
     language_model = partial(pretrain_language_model, preset, root)
-    model.load_pretrained(Pretrained(tokenizer, language_model, clip))
+    model.load_pretrained(tokenizer, language_model, clip)
 
 
 @dataclass
