@@ -7,6 +7,7 @@ from typing import Any
 
 from capgen_utils.common.device import choose_device
 from capgen_utils.common.files import CapGenError
+from capgen_utils.common.paths import data_dir
 from capgen_utils.config import (
     RECIPES,
     SMALL_CLIP,
@@ -133,15 +134,6 @@ SHAPES_TRAINING = TrainingConfig(
 _SHAPES_CNN: dict[str, Any] = {"img_size": 64, "cnn_backbone": "shapes_cnn", "seq_len": 26}
 
 
-_SHAPES_DECODER: dict[str, Any] = {
-    "d_model": 128,
-    "n_decode": 2,
-    "n_head": 4,
-    "fc_dim": 512,
-    "dropout": 0.1,
-}
-
-
 # Closed gates protect the knowledge of a large language model. The mini has little to protect, and
 # would open them too late to learn relations.
 _MINI: dict[str, Any] = {
@@ -202,7 +194,11 @@ SHAPES = Preset(
             AttendTellConfig(**_SHAPES_CNN, attention_size=128, dropout=0.1, doubly_stochastic=0.1),
             training=replace(SHAPES_TRAINING, epochs=10),
         ),
-        "transformer": Recipe(TransformerConfig(**_SHAPES_CNN, **_SHAPES_DECODER)),
+        "transformer": Recipe(
+            TransformerConfig(
+                **_SHAPES_CNN, d_model=128, n_decode=2, n_head=4, fc_dim=512, dropout=0.1
+            )
+        ),
         "clip_prefix": Recipe(
             ClipPrefixConfig(
                 seq_len=32,
@@ -241,9 +237,6 @@ SHAPES = Preset(
 FLICKR8K_TRAINING = TrainingConfig(
     epochs=17, batch_images=64, learning_rate=8e-4, average=0.999, patience=6
 )
-
-
-_FLICKR8K_CLIP = SmallClipConfig()
 
 
 _FLICKR8K_CONTRASTIVE = ContrastiveConfig(
@@ -287,9 +280,9 @@ FLICKR8K = Preset(
         ),
     },
     training=FLICKR8K_TRAINING,
-    clip=ClipRecipe(_FLICKR8K_CLIP, _FLICKR8K_CONTRASTIVE),
+    clip=ClipRecipe(SmallClipConfig(), _FLICKR8K_CONTRASTIVE),
     judge=ClipRecipe(
-        replace(_FLICKR8K_CLIP, vision_width=256, vision_heads=4, text_width=256, text_heads=4),
+        replace(SmallClipConfig(), vision_width=256, vision_heads=4, text_width=256, text_heads=4),
         replace(_FLICKR8K_CONTRASTIVE, seed=2, captioning=0.0),  # no captioner reads it
         "word",
     ),
@@ -323,3 +316,31 @@ def get_preset(name: str) -> Preset:
             f"there is no preset {name!r}", f"choose one of auto, {', '.join(PRESETS)}"
         )
     return PRESETS[name]
+
+
+# --- the folders in which training keeps its results
+
+
+def run_of(preset: Preset, model: str) -> Path:
+    """Return the run folder of a preset's captioner."""
+    return data_dir() / "runs" / f"{preset.name}_{model}"
+
+
+def encoder_folder() -> Path:
+    """Return the folder of the encoder that is pre-trained for ``shapes``."""
+    return data_dir() / "encoders" / "shapes_cnn"
+
+
+def dual_encoder_folder(preset: Preset, judge: bool = False) -> Path:
+    """Return the folder of a preset's small CLIP, or of the one that only measures."""
+    return data_dir() / "encoders" / f"{preset.name}_{'judge' if judge else 'clip'}"
+
+
+def mini_folder(preset: Preset) -> Path:
+    """Return the folder of a preset's language model."""
+    return data_dir() / "language_models" / f"{preset.name}_gpt2_mini"
+
+
+def run_folder(folder: Path) -> Path:
+    """Return where the training of the network in ``folder`` keeps its log and its checkpoint."""
+    return folder.parent / f"{folder.name}-run"

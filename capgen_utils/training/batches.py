@@ -34,6 +34,14 @@ class TrainingData:
     plain: FeatureCache
     flipped: FeatureCache | None = None
 
+    def features(self, items: Sequence[Item], flips: Sequence[bool]) -> Tensor:
+        """Gather the features (B, ...) of images; ``flips`` says which are mirrored."""
+        features = self.plain.rows([item.image for item in items])
+        mirrored = [i for i, flip in enumerate(flips) if flip]
+        if mirrored and self.flipped is not None:
+            features[mirrored] = self.flipped.rows([items[i].image for i in mirrored])
+        return features
+
     def readable(self) -> "TrainingData":
         """Return the data without the images that could not be read for feature extraction."""
         failed = set(self.plain.failed) | set(self.flipped.failed if self.flipped else ())
@@ -141,15 +149,11 @@ class Batcher:
             flips: whether each is mirrored; if all of its captions mention a side, it is not.
         """
         views = [flip and bool(self.tokens(i, True)) for i, flip in zip(items, flips, strict=True)]
-        features = self.data.plain.rows([item.image for item in items])  # (B, ...)
-        if self.data.flipped is not None and any(views):
-            mirrored = [i for i, flip in enumerate(views) if flip]
-            features[mirrored] = self.data.flipped.rows([items[i].image for i in mirrored])
         rows = [self.tokens(item, flip) for item, flip in zip(items, views, strict=True)]
         captions = [row for captions in rows for row in captions]
         tokens = pad_sequence(captions, True, self.tokenizer.pad_id)  # (M, T)
         image = torch.arange(len(items)).repeat_interleave(torch.tensor([len(r) for r in rows]))
-        return Batch(features, tokens, image)
+        return Batch(self.data.features(items, views), tokens, image)
 
 
 def make_batch(

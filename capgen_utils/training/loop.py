@@ -8,7 +8,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class Loop(ABC):
         self.optimizer = self.accelerator.prepare(make_optimizer(model, config))
         self.progress, self.epochs = Progress(), epochs
         self.epoch_steps = math.ceil(len(self.data.train) / config.batch_images)
+        self.checkpoint_path = self.folder / "checkpoint.safetensors"  # the newest replaces it
 
     @abstractmethod
     def settings(self) -> str:
@@ -126,11 +127,6 @@ class Loop(ABC):
             if value.is_floating_point() and key not in frozen:
                 yield key, value
 
-    @property
-    def checkpoint_path(self) -> Path:
-        """The only checkpoint; the newest replaces the one before."""
-        return self.folder / "checkpoint.safetensors"
-
     def identity(self) -> str:
         """Return a hash of everything that must be the same for a checkpoint to be continued."""
         caches = [c.path.name for c in (self.data.plain, self.data.flipped) if c is not None]
@@ -158,16 +154,15 @@ class Loop(ABC):
             CapGenError: the folder holds a run with other settings, or the loss is not finite.
         """
         self.resume()
-        bar = tqdm(
+        with tqdm(
             total=self.epoch_steps * self.epochs,
             initial=self.progress.step,
             unit="step",
             desc=f"train {self.name}",
             disable=not self.accelerator.is_main_process,
-        )
-        while not self.progress.done and self.progress.epoch < self.epochs:
-            self._run_epoch(bar)
-        bar.close()
+        ) as bar:
+            while not self.progress.done and self.progress.epoch < self.epochs:
+                self._run_epoch(bar)
         self.accelerator.end_training()
         return self.progress
 
@@ -211,15 +206,18 @@ class Loop(ABC):
         """Update the averaged weights."""
         if self.average is None:
             return
-        # At first the average follows the weights faster, so that early epochs can be judged too.
+        # At first the average follows the weights faster, so that early epochs count too.
         decay = min(self.config.average, (1 + self.progress.step) / (10 + self.progress.step))
         for key, value in self._changing():
             self.average[key].lerp_(value, 1 - decay)
 
     def _end_epoch(self, started: float) -> None:
         progress = self.progress
-        entry: dict[str, Any] = {"epoch": progress.epoch + 1, "step": progress.step}
-        entry["train_loss"] = progress.epoch_loss / max(1, progress.epoch_tokens)
+        entry: dict[str, Any] = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "train_loss": progress.epoch_loss / max(1, progress.epoch_tokens),
+        }
         evaluated = self.is_evaluated()
         if evaluated:
             entry |= self._evaluate()
@@ -229,8 +227,8 @@ class Loop(ABC):
         waited = progress.epoch - progress.best_epoch
         progress.epoch += 1
         progress.batch, progress.epoch_loss, progress.epoch_tokens = 0, 0.0, 0
-        impatient = evaluated and waited >= self.config.patience
-        progress.done = progress.epoch == self.epochs or impatient
+        lost_patience = evaluated and waited >= self.config.patience
+        progress.done = progress.epoch == self.epochs or lost_patience
         if self.accelerator.is_main_process:
             self._log(entry)
         self._save(time.perf_counter())
@@ -298,18 +296,12 @@ class Loop(ABC):
                 f"{self.folder} holds a run with other settings or other data",
                 "choose another folder (--output), or delete this one to start over",
             )
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            kind, _, name = key.partition(".")
-            parts.setdefault(kind, {})[name] = value
-        self.learner.load_state_dict(parts["model"])
+        self.learner.load_state_dict(named_below("model", tensors))
         if self.average is not None:
-            device = self.accelerator.device
-            self.average = {k: v.to(device) for k, v in parts["average"].items()}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in parts["optimizer"].items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
+            average = named_below("average", tensors)
+            self.average = {k: v.to(self.accelerator.device) for k, v in average.items()}
+        stepped = {int(key.split(".")[1]) for key in tensors if key.startswith("optimizer.")}
+        state = {index: named_below(f"optimizer.{index}", tensors) for index in stepped}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.accelerator.device.type == "cuda":
@@ -320,8 +312,14 @@ class Loop(ABC):
         self.progress = Progress(**progress)
         if self.accelerator.is_main_process:
             position = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
-            position = "finished" if self.progress.done else position
-            tqdm.write(f"continuing from {self.checkpoint_path}: {position}")
+            reached = "finished" if self.progress.done else position
+            tqdm.write(f"continuing from {self.checkpoint_path}: {reached}")
+
+
+def named_below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with ``prefix`` and a point, without both."""
+    start = f"{prefix}."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:

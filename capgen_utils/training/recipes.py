@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,12 @@ from capgen_utils.config import SMALL_CLIP, Recipe, TrainingConfig
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.data.manifest import Manifest
 from capgen_utils.models import build_model, feature_of, model_class
-from capgen_utils.presets import Preset, get_preset
+from capgen_utils.presets import Preset, get_preset, run_of
 from capgen_utils.text.vocabulary import fit_tokenizer
 from capgen_utils.text.words import Tokenizer
 from capgen_utils.training.batches import TrainingData
-from capgen_utils.training.clip import pretrain_dual_encoder
-from capgen_utils.training.encoder import preset_encoder
-from capgen_utils.training.folders import run_of
-from capgen_utils.training.language import initialise
 from capgen_utils.training.loop import Progress
+from capgen_utils.training.pretraining import initialise, preset_encoder, pretrain_dual_encoder
 from capgen_utils.training.trainer import Trainer
 from capgen_utils.vision.clip import CLIPS
 from capgen_utils.vision.dual_encoder import DualEncoder
@@ -68,28 +65,20 @@ class Run:
     Attributes:
         trainer: with the model after the last epoch.
         progress: best scores, duration and history.
+        history: losses and dev scores, one entry per epoch.
+        folder: ``bundle/``, ``checkpoint.safetensors`` and ``log.jsonl``.
     """
 
     trainer: Trainer
     progress: Progress
-
-    @property
-    def folder(self) -> Path:
-        """The run folder: ``bundle/``, ``checkpoint.safetensors`` and ``log.jsonl``."""
-        return self.trainer.folder
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """Losses and dev scores, one entry per epoch."""
-        return self.progress.history
+    history: list[dict[str, Any]]
+    folder: Path
 
     @cached_property
     def captioner(self) -> Captioner:
         """The captioner of the best epoch."""
-        trainer = self.trainer
-        return Captioner(
-            load_bundle(self.folder / "bundle"), trainer.encoder, scorer=trainer.scorer
-        )
+        bundle = load_bundle(self.folder / "bundle")
+        return Captioner(bundle, self.trainer.encoder, scorer=self.trainer.scorer)
 
 
 def train(
@@ -127,7 +116,8 @@ def train(
     folder = folder or run_of(preset, model)
     prepared = prepare(preset, data, limit, model)
     trainer = make_trainer(prepared, model, folder, training, trackers=trackers)
-    return Run(trainer, trainer.train())
+    progress = trainer.train()
+    return Run(trainer, progress, progress.history, folder)
 
 
 def prepare(
@@ -148,7 +138,7 @@ def prepare(
         CapGenError: the dataset or the weights are not available; says what to do.
     """
     preset = preset.including(model, model_class(model).recipe)
-    recipe, state, device = preset.recipe(model), PartialState(), choose_device()
+    recipe, state = preset.recipe(model), PartialState()
     with state.main_process_first():  # one process downloads or draws the dataset
         manifest = load_dataset(preset.dataset, root, limit)
     encoder, scorer = _encoder(preset, recipe, root)
@@ -158,7 +148,7 @@ def prepare(
         plain = extract(manifest, encoder, output)
     data = TrainingData(train_split, manifest.split("dev"), plain, flipped)
     tokenizer = fit_tokenizer(recipe.tokenizer, train_split.captions(), preset.min_count)
-    dtype = choose_dtype(device)
+    dtype = choose_dtype(choose_device())
     return Prepared(preset, recipe, manifest, encoder, dtype, tokenizer, data, root, scorer)
 
 
@@ -166,16 +156,13 @@ def _encoder(
     preset: Preset, recipe: Recipe, root: Path | None
 ) -> tuple[Encoder, DualEncoder | None]:
     """Return the recipe's encoder and the CLIP that it is half of, training them if necessary."""
-    name, weights = str(recipe.encoder), preset.encoder_weights
+    name, load = str(recipe.encoder), partial(DualEncoder.published, str(recipe.encoder))
     if name == SMALL_CLIP:
-        folder = pretrain_dual_encoder(preset, root)
-        with PartialState().main_process_first():
-            scorer = DualEncoder.load(folder, weights).to(choose_device())
-    elif name in CLIPS and recipe.tokenizer == "clip":  # it starts from the text half's words
-        with PartialState().main_process_first():
-            scorer = DualEncoder.published(name, weights).to(choose_device())
-    else:
+        load = partial(DualEncoder.load, pretrain_dual_encoder(preset, root))
+    elif name not in CLIPS or recipe.tokenizer != "clip":
         return preset_encoder(preset, root, name), None
+    with PartialState().main_process_first():  # the captioner starts from the text half's words
+        scorer = load(preset.encoder_weights).to(choose_device())
     return scorer.images, scorer
 
 

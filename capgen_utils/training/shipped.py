@@ -11,8 +11,8 @@ from pathlib import Path
 from capgen_utils.common.files import atomic_path, read_json
 from capgen_utils.common.paths import APART, REPOSITORY, own_data_dir
 from capgen_utils.config import SMALL_CLIP
-from capgen_utils.presets import Preset
-from capgen_utils.training.folders import (
+from capgen_utils.presets import (
+    Preset,
     dual_encoder_folder,
     encoder_folder,
     mini_folder,
@@ -40,12 +40,7 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
     Returns:
         The names of the shipped captioners that are now in place.
     """
-    models = []
-    for model in preset.models:
-        config = shipped / f"{preset.name}_{model}" / "config.json"
-        # Bundles of earlier versions do not name the settings of their run.
-        if config.is_file() and "settings" in read_json(config, "copy the repository again"):
-            models.append(model)
+    models = [m for m in preset.models if _records_run(shipped / f"{preset.name}_{m}")]
     if any(_is_another(*pair) for pair in _starting_points(preset, models, shipped)):
         if all(_is_trained(preset, model) for model in models):
             return models
@@ -64,8 +59,9 @@ def take_shipped(preset: Preset, shipped: Path = SHIPPED) -> list[str]:
     return models
 
 
-def _stands_in(path: Path) -> bool:
-    """Return whether a bundle records its run; bundles of earlier versions do not."""
+def _records_run(bundle: Path) -> bool:
+    """Return whether a bundle names the settings of its run; those of earlier versions do not."""
+    path = bundle / "config.json"
     return path.is_file() and "settings" in read_json(path, "copy the repository again")
 
 

@@ -1,7 +1,7 @@
 """Training of a captioner: its batches, its dev scores and its bundle (notebook 03)."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -47,10 +47,8 @@ class _Step(nn.Module):
     def forward(self, features: Tensor, chunks: Sequence[Chunk], label_smoothing: float) -> Tensor:
         """Return the loss summed over all chunks; the images are encoded once."""
         memory = self.model.encode(features)
-        losses = [
-            self.model.loss(memory, c.inputs, c.image, c.targets, label_smoothing) for c in chunks
-        ]
-        return torch.stack(losses).sum()
+        parts = ((c.inputs, c.image, c.targets, label_smoothing) for c in chunks)
+        return torch.stack([self.model.loss(memory, *part) for part in parts]).sum()
 
 
 class Trainer(Loop):
@@ -164,12 +162,7 @@ class Trainer(Loop):
         return total / max(1, count)
 
     def keep(self, result: dict[str, Any]) -> None:
-        """Write the bundle."""
-        bundle = self.bundle(result)
-        save_bundle(self.folder / "bundle", bundle, self.encoder, scorer=self.scorer)
-
-    def bundle(self, dev: Mapping[str, Any]) -> Bundle:
-        """Return the model as it is now, with its description; ``dev`` are its scores."""
+        """Write the model as it is now as the bundle, with its scores."""
         info = bundle_info(
             self.model.name,
             self.model,
@@ -182,9 +175,10 @@ class Trainer(Loop):
             settings=self.settings(),
             step=self.progress.step,
             revision=revision(),
-            dev={k: v for k, v in dev.items() if k != "samples"} | {"protocol": DEV_PROTOCOL},
+            dev={k: v for k, v in result.items() if k != "samples"} | {"protocol": DEV_PROTOCOL},
         )
-        return Bundle(self.model, self.tokenizer, info)
+        bundle = Bundle(self.model, self.tokenizer, info)
+        save_bundle(self.folder / "bundle", bundle, self.encoder, scorer=self.scorer)
 
     def resume(self) -> None:
         """Continue from the checkpoint; a bundle without one is taken as a finished run.

@@ -17,7 +17,7 @@ from capgen_utils.decoding.captions import Specials
 from capgen_utils.decoding.run import decode_features
 from capgen_utils.models.base import IGNORED, Grouping, caption_loss, dropout
 from capgen_utils.models.layers import attend
-from capgen_utils.training.encoder import JointCaptioner
+from capgen_utils.training.pretraining import JointCaptioner
 from capgen_utils.vision.encoders import new_shapes_cnn
 
 NAMES = sorted([*models.MODELS, *VARIANTS])
@@ -384,7 +384,7 @@ def test_tiny_sizes_are_known() -> None:
 
 
 def test_shifted_moves_each_image_by_a_few_pixels_and_repeats_its_edge() -> None:
-    from capgen_utils.training.encoder import shifted
+    from capgen_utils.training.pretraining import shifted
 
     torch.manual_seed(0)
     pixels = torch.arange(20.0 * 20).view(1, 20, 20, 1).expand(64, -1, -1, 3)

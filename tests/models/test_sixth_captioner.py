@@ -19,8 +19,7 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.data import shapes
 from capgen_utils.evaluation.attention import layer_attention
 from capgen_utils.models import MODELS
-from capgen_utils.presets import PRESETS
-from capgen_utils.training.folders import encoder_folder
+from capgen_utils.presets import PRESETS, encoder_folder
 from capgen_utils.training.recipes import Run
 from capgen_utils.vision.encoders import new_shapes_cnn, save_encoder
 

@@ -22,19 +22,16 @@ from capgen_utils.config import ContrastiveConfig, SmallClipConfig
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.data.manifest import Item, Manifest
 from capgen_utils.data.shapes import load_scenes
-from capgen_utils.presets import PRESETS, ClipRecipe, Preset
+from capgen_utils.presets import PRESETS, ClipRecipe, Preset, dual_encoder_folder
 from capgen_utils.text.ptb import tokenise
 from capgen_utils.text.twins import hard_negatives
 from capgen_utils.text.words import WordTokenizer
-from capgen_utils.training import clip as contrastive
+from capgen_utils.training import pretraining
 from capgen_utils.training.batches import TrainingData
 from capgen_utils.training.clip import (
     ContrastiveTrainer,
     Reconstruction,
     Texts,
-    pretrain_dual_encoder,
-)
-from capgen_utils.training.clip_loss import (
     info_nce,
     measure,
     recall,
@@ -42,7 +39,7 @@ from capgen_utils.training.clip_loss import (
     twin_accuracy,
     twin_loss,
 )
-from capgen_utils.training.folders import dual_encoder_folder
+from capgen_utils.training.pretraining import pretrain_dual_encoder
 from capgen_utils.vision.clip import as_picture
 from capgen_utils.vision.dual_encoder import DualEncoder
 from capgen_utils.vision.encoders import ENCODERS
@@ -524,7 +521,7 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
 def tiny_preset(known_stem: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preset:
     """Return a preset whose data set is a few small images."""
     manifest = tiny_manifest(tmp_path / "images", train=12, dev=6, test=6, ragged=False)
-    monkeypatch.setattr(contrastive, "load_dataset", lambda *_: manifest)
+    monkeypatch.setattr(pretraining, "load_dataset", lambda *_: manifest)
     monkeypatch.setenv("CAPGEN_DATA", str(tmp_path / "data"))
     training = ContrastiveConfig(**(FAST | {"epochs": 2}))
     judge = ClipRecipe(replace(TINY, text_width=16), replace(training, seed=9), "word")
@@ -548,8 +545,8 @@ def test_a_preset_trains_its_small_clip_once(tiny_preset: Preset, tmp_path: Path
     assert dual.name == "small_clip on tiny"
     run = dual.images.training_run
     assert run is not None and set(run) >= {"minutes", "dev", "test"}
-    stem = extract(contrastive.load_dataset("tiny"), tiny_encoder(), "grid")
-    scores = measure(dual, contrastive.load_dataset("tiny").split("test"), stem)
+    stem = extract(pretraining.load_dataset("tiny"), tiny_encoder(), "grid")
+    scores = measure(dual, pretraining.load_dataset("tiny").split("test"), stem)
     assert run["test"] == {key: round(value, 2) for key, value in scores.items()}, (
         "of the weights that are kept"
     )

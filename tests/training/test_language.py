@@ -32,12 +32,11 @@ from capgen_utils.models.clip_gpt2 import (
     load_language_model,
     with_sizes_of,
 )
-from capgen_utils.presets import PRESETS, Preset
+from capgen_utils.presets import PRESETS, Preset, mini_folder
 from capgen_utils.text.bpe import BpeTokenizer
 from capgen_utils.text.vocabulary import tokenizer_from_json
 from capgen_utils.training.batches import chunks_by_length, make_batch
-from capgen_utils.training.folders import mini_folder
-from capgen_utils.training.language import (
+from capgen_utils.training.pretraining import (
     LanguageModel,
     NoImage,
     documents,
@@ -277,7 +276,7 @@ def test_its_folder_is_read_by_the_library_and_says_the_same(mini: Path, scenes:
 
 def test_later_calls_find_it(mini: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "capgen_utils.training.language.Trainer", lambda *_: pytest.fail("trained again")
+        "capgen_utils.training.pretraining.Trainer", lambda *_: pytest.fail("trained again")
     )
     assert pretrain_language_model(tiny_preset(), scenes, mini) == mini
     with pytest.raises(CapGenError, match="n_embd") as error:
@@ -346,7 +345,9 @@ def test_the_captioner_starts_from_it_and_goes_on_with_the_same_vocabulary(
     preset = replace(tiny_preset(), pretraining=None, encoder="shapes_cnn")
     mini_folder(preset).parent.mkdir(parents=True)
     mini_folder(preset).symlink_to(mini)
-    monkeypatch.setattr("capgen_utils.training.encoder.build_encoder", lambda *_: shapes_encoder())
+    monkeypatch.setattr(
+        "capgen_utils.training.pretraining.build_encoder", lambda *_: shapes_encoder()
+    )
     prepared = prepare(preset, scenes, model="clip_gpt2")
     trainer = make_trainer(prepared, "clip_gpt2", tmp_path / "run")
     table = load_file(mini / "model.safetensors")["transformer.wte.weight"]

@@ -22,7 +22,7 @@ from capgen_utils.data import shapes
 from capgen_utils.models.clip_prefix import ClipPrefixCaptioner
 from capgen_utils.presets import PRESETS, ClipRecipe, Preset
 from capgen_utils.text.ptb import tokenise
-from capgen_utils.training.encoder import pretrain_encoder
+from capgen_utils.training.pretraining import pretrain_encoder
 from capgen_utils.training.recipes import Prepared, make_trainer, prepare
 
 

@@ -10,8 +10,7 @@ from capgen_utils.apps.export.bundles import write_small
 from capgen_utils.common.files import atomic_path
 from capgen_utils.common.tensors import rounded, save_tensors
 from capgen_utils.config import MINI
-from capgen_utils.presets import Preset, get_preset
-from capgen_utils.training.folders import mini_folder, run_folder, run_of
+from capgen_utils.presets import Preset, get_preset, mini_folder, run_folder, run_of
 from capgen_utils.training.shipped import LANGUAGE_MODEL, LOG, SHIPPED, WEIGHTS, copy_whole
 
 

@@ -12,9 +12,11 @@ from capgen_utils.presets import PRESETS, get_preset
 
 def run_pretrain(options: argparse.Namespace) -> None:
     """Run ``capgen pretrain``."""
-    from capgen_utils.training.clip import pretrain_dual_encoder
-    from capgen_utils.training.encoder import pretrain_encoder
-    from capgen_utils.training.language import pretrain_language_model
+    from capgen_utils.training.pretraining import (
+        pretrain_dual_encoder,
+        pretrain_encoder,
+        pretrain_language_model,
+    )
 
     preset, data = get_preset(options.preset), options.data
     preset = replace(preset, encoder_weights=options.encoder_weights)

@@ -171,9 +171,9 @@ def test_errors_say_what_to_do_and_end_with_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CAPGEN_FLICKR8K", raising=False)
-    from capgen_utils.training import encoder
+    from capgen_utils.training import pretraining
 
-    monkeypatch.setattr(encoder, "pretrain_encoder", lambda *a: pytest.fail("began to train"))
+    monkeypatch.setattr(pretraining, "pretrain_encoder", lambda *a: pytest.fail("began to train"))
     names = {"BUNDLE": str(bundle), "PHOTO": str(PHOTOS / "cat_on_deck.jpg")}
     names |= {name: str(path) for name, path in caption_files(tmp_path / "files").items()}
     code, _, err = run(capsys, *(names.get(a, a) for a in arguments))
