@@ -36,7 +36,6 @@ _WHERE = {  # public name -> the module that holds it, or that it is
     "build_model": "models",
     "caption_loss": "models",
     "caption_manifest": "decoding.run",
-    "caption_maps": "evaluation.attention",
     "choose_device": "common.device",
     "choose_dtype": "common.device",
     "data_dir": "common.paths",
@@ -60,14 +59,12 @@ _WHERE = {  # public name -> the module that holds it, or that it is
     "initialise": "training.pretraining",
     "keep_top_k": "decoding.logits",
     "keep_top_p": "decoding.logits",
-    "layer_attention": "evaluation.attention",
     "load_bundle": "bundle",
     "load_dataset": "data.datasets",
     "make_batch": "training.batches",
     "make_trainer": "training.recipes",
     "mean_features": "evaluation.scoring",
     "metrics": "evaluation.metrics",
-    "next_words": "evaluation.attention",
     "open_bytes": "data.images",
     "open_image": "data.images",
     "penalise_repetition": "decoding.logits",
@@ -77,7 +74,6 @@ _WHERE = {  # public name -> the module that holds it, or that it is
     "pretrain_language_model": "training.pretraining",
     "recall": "training.clip",
     "rerank": "decoding.rerank",
-    "rollout": "evaluation.attention",
     "same_texts": "training.clip",
     "score": "evaluation.metrics",
     "shapes": "data.shapes",
@@ -85,7 +81,6 @@ _WHERE = {  # public name -> the module that holds it, or that it is
     "train": "training.recipes",
     "twin_accuracy": "training.clip",
     "widgets": "show.widgets",
-    "word_attention": "decoding.run",
 }
 __all__ = ["__version__", *_WHERE]
 

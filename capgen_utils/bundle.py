@@ -62,7 +62,7 @@ class Bundle:
         Raises:
             CapGenError: its weights are not available, or are not those of training.
         """
-        stored = self.folder / "encoder" if self.folder else None
+        stored = self.folder and self.folder / "encoder"
         return restore_encoder(self.info["encoder"], stored, self.encoder_weights)
 
     def build_scorer(self) -> DualEncoder | None:
@@ -163,17 +163,17 @@ def load_bundle(folder: Path, encoder_weights: Path | None = None) -> Bundle:
     info = read_json(folder / "config.json", GET_AGAIN)
     _check_info(info, folder)
     tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json", GET_AGAIN))
-    config = model_config(info["model"], info["architecture"])
+    name, shape = info["model"], tuple(info["feature"]["shape"])
     try:
         with torch.device("meta"):  # shapes first: a bundle that does not fit allocates nothing
-            model = build_model(info["model"], config, tokenizer, tuple(info["feature"]["shape"]))
+            model = build_model(name, model_config(name, info["architecture"]), tokenizer, shape)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CapGenError(
             f"{folder}/config.json: its values do not fit together ({error})", GET_AGAIN
         ) from error
     if info["feature"].get("output") != model.feature:
         raise CapGenError(
-            f"{folder}/config.json: a {info['model']} reads the output {model.feature!r}", GET_AGAIN
+            f"{folder}/config.json: a {name} reads the output {model.feature!r}", GET_AGAIN
         )
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     tensors = read_tensors(folder / "model.safetensors", shapes, GET_AGAIN)

@@ -15,13 +15,26 @@ LONGEST = 1024  # tokens in a caption
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """Hyperparameters of the ResNet + transformer captioner.
+class GridConfig:
+    """Hyperparameters of all captioners that read the grid of a convolutional network.
 
     Attributes:
         img_size: side of the square the encoder sees, in pixels.
         cnn_backbone: name of the image encoder, a key of ``encoders.ENCODERS``.
         seq_len: longest caption in tokens, start and end token included.
+    """
+
+    img_size: int = 224
+    cnn_backbone: str = "resnet50"
+    seq_len: int = 40
+
+
+@dataclass(frozen=True)
+class TransformerConfig(GridConfig):
+    """Hyperparameters of the ResNet + transformer captioner.
+
+    Attributes:
+        img_size, cnn_backbone, seq_len: see ``GridConfig``.
         d_model: width of the decoder.
         n_decode: number of decoder layers.
         n_head: attention heads in each layer; divides ``d_model``.
@@ -31,9 +44,6 @@ class TransformerConfig:
             decoder learns to look at the image instead of completing the sentence from memory.
     """
 
-    img_size: int = 224
-    cnn_backbone: str = "resnet50"
-    seq_len: int = 40
     d_model: int = 256
     n_decode: int = 3
     n_head: int = 8
@@ -43,11 +53,11 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class ShowTellConfig:
+class ShowTellConfig(GridConfig):
     """Hyperparameters of the ResNet + LSTM captioner.
 
     Attributes:
-        img_size, cnn_backbone, seq_len: see ``TransformerConfig``.
+        img_size, cnn_backbone, seq_len: see ``GridConfig``.
         image: ``sequence``: the LSTM reads the grid vector by vector before the words; ``pooled``:
             it reads one mean vector.
         embed_size: width of words and of projected image vectors.
@@ -57,9 +67,6 @@ class ShowTellConfig:
         word_dropout: see ``TransformerConfig``.
     """
 
-    img_size: int = 224
-    cnn_backbone: str = "resnet50"
-    seq_len: int = 40
     image: str = "sequence"
     embed_size: int = 512
     hidden_size: int = 512
@@ -69,11 +76,11 @@ class ShowTellConfig:
 
 
 @dataclass(frozen=True)
-class AttendTellConfig:
+class AttendTellConfig(GridConfig):
     """Hyperparameters of the ResNet + MLP attention + LSTM captioner.
 
     Attributes:
-        img_size, cnn_backbone, seq_len: see ``TransformerConfig``.
+        img_size, cnn_backbone, seq_len: see ``GridConfig``.
         embed_size: width of words.
         hidden_size: width of the LSTM.
         attention_size: width of the attention MLP's hidden layer.
@@ -85,9 +92,6 @@ class AttendTellConfig:
             1. The rest are sampled from the captioner (scheduled sampling, arXiv 1506.03099).
     """
 
-    img_size: int = 224
-    cnn_backbone: str = "resnet50"
-    seq_len: int = 40
     embed_size: int = 256
     hidden_size: int = 256
     attention_size: int = 256
@@ -102,8 +106,8 @@ class ClipPrefixConfig:
     """Hyperparameters of the CLIP prefix captioner: self-attention only, the image comes first.
 
     Attributes:
-        seq_len, d_model, n_decode, n_head, fc_dim, dropout, word_dropout: see
-            ``TransformerConfig``.
+        seq_len: see ``GridConfig``.
+        d_model, n_decode, n_head, fc_dim, dropout, word_dropout: see ``TransformerConfig``.
         noise: standard deviation of the noise added to the image vector, whose numbers are of about
             unit size, in training. A single vector identifies an image so well that a decoder can
             memorise each image's captions.

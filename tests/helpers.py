@@ -220,7 +220,7 @@ def tiny_shape(model: str) -> tuple[int, ...]:
     a vector."""
     return (
         (9, 12)
-        if models.feature_of(VARIANTS.get(model, (model,))[0], tiny_config(model)) == "grid"
+        if models.MODELS[VARIANTS.get(model, (model,))[0]].feature_of(tiny_config(model)) == "grid"
         else (12,)
     )
 

@@ -28,7 +28,6 @@ __all__ = [
     "TransformerCaptioner",
     "build_model",
     "caption_loss",
-    "feature_of",
     "model_class",
     "model_config",
 ]
@@ -54,15 +53,6 @@ def model_config(name: str, values: Mapping[str, Any]) -> Any:
     return from_dict(model_class(name).Config, values)
 
 
-def feature_of(name: str, config: Any) -> str:
-    """Return the encoder output that model ``name`` with hyperparameters ``config`` reads.
-
-    Raises:
-        CapGenError: there is no such model.
-    """
-    return model_class(name).feature_of(config)
-
-
 def build_model(
     name: str, config: Any, tokenizer: Tokenizer, feature_shape: tuple[int, ...]
 ) -> CaptionModel:
@@ -77,6 +67,6 @@ def build_model(
     Raises:
         CapGenError: there is no such model, or its hyperparameters are inconsistent.
     """
-    unknown = getattr(tokenizer, "unk_id", tokenizer.pad_id)
     make: Any = model_class(name)
+    unknown = getattr(tokenizer, "unk_id", tokenizer.pad_id)
     return make(config, len(tokenizer), feature_shape, unknown)

@@ -152,8 +152,8 @@ class AttendTellCaptioner(CaptionModel):
         """Scheduled sampling: some captions read a word sampled from the model (M, embed)."""
         predicted = torch.rand(len(true), 1, device=true.device) >= self.teacher_forcing
         with torch.no_grad():
-            logits = self.logits(output).float()  # (M, V)
-            tokens = torch.distributions.Categorical(logits=logits).sample()  # (M,)
+            scores = torch.distributions.Categorical(logits=self.logits(output).float())
+            tokens = scores.sample()  # (M,)
         return torch.where(predicted, self.embed(tokens), true)
 
     def advance(self, share: float) -> None:
@@ -199,6 +199,6 @@ class AttendTellCaptioner(CaptionModel):
         hidden, cell = state.cache[0][0], state.cache[1][0]
         context, weights = self.look(hidden, memory.keys[image], memory.values[image])
         hidden, cell = self.advance_lstm(self.word_gates(word), context, hidden, cell)
-        looked = {"attention": weights[:, None]} if attention else {}  # (M, 1, N)
         logits = self.logits(torch.cat([hidden, context, word], -1))  # (M, V)
-        return logits, state.after(hidden[None], cell[None]), looked
+        looked = {"attention": weights[:, None]}  # (M, 1, N)
+        return logits, state.after(hidden[None], cell[None]), looked if attention else {}

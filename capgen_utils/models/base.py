@@ -224,8 +224,8 @@ class Grouping:
     def gather(self, rows: Tensor) -> Tensor:
         """(M, ...) -> (B, S, ...); empty slots hold zeros."""
         if not self.plain:
-            padded = rows.new_zeros(self.images * self.slots, *rows.shape[1:])
-            rows = padded.index_copy(0, self.position, rows)
+            empty = rows.new_zeros(self.images * self.slots, *rows.shape[1:])
+            rows = empty.index_copy(0, self.position, rows)
         return rows.view(self.images, self.slots, *rows.shape[1:])
 
     def scatter(self, grouped: Tensor) -> Tensor:
@@ -278,11 +278,6 @@ class KeyValues:
     def new(cls, like: Tensor, layers: int, rows: int, heads: int, width: int) -> "KeyValues":
         """Return an empty cache for M = ``rows`` hypotheses, with dtype and device of ``like``."""
         return cls([like.new_empty(rows, cls.room, 2, heads, width) for _ in range(layers)], 0)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the blocks."""
-        return self.blocks[0].device
 
     def longer(self) -> "KeyValues":
         """Return a cache with room for one more token, which ``put`` fills in."""
@@ -337,7 +332,8 @@ class SharedState:
     @classmethod
     def new(cls, memory: Any, *cache: Tensor | KeyValues) -> Self:
         """Return the state before the first token, one hypothesis per image."""
-        return cls(memory, torch.arange(memory.images, device=cache[0].device), cache)
+        device = next(iter(memory.tensors().values())).device
+        return cls(memory, torch.arange(memory.images, device=device), cache)
 
     @cached_property
     def grouping(self) -> Grouping:

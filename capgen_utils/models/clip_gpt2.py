@@ -130,8 +130,7 @@ class Gpt2Decoder(LayeredCaptioner):
     def embed_words(self, tokens: Tensor, first: int = 0) -> Tensor:
         """Token ids (M, T) at positions ``first``, ... -> (M, T, n_embd)."""
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)  # (T,)
-        x = self.gpt2.wte(tokens) + self.gpt2.wpe(positions)  # (M, T, n_embd)
-        return self.drop(x)
+        return self.drop(self.gpt2.wte(tokens) + self.gpt2.wpe(positions))
 
     def run_layer(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """As ``LayeredCaptioner.run_layer``; with gradient checkpointing it runs again later."""
@@ -217,13 +216,20 @@ class ClipGpt2Captioner(Gpt2Decoder):
 
     @classmethod
     def fit_config(cls, config: ClipGpt2Config, clip: Any = None) -> ClipGpt2Config:
-        """Return ``config`` with the sizes of its published GPT-2, if it names one.
+        """Return ``config`` with the sizes of its published GPT-2, if any; positions may be fewer.
 
         Raises:
             CapGenError: there is no such GPT-2; names the three ways to provide one.
         """
-        source = config.language_model
-        return config if source == MINI else with_sizes_of(config, source)
+        if config.language_model == MINI:
+            return config
+        published = read_config(config.language_model, WAYS)
+        sizes: dict[str, Any] = {key: published.get(key) for key in SIZES}
+        if not all(type(value) is int and value > 0 for value in sizes.values()):
+            problem = f"the config.json of {config.language_model} is not that of a GPT-2"
+            raise CapGenError(problem, WAYS)
+        sizes["n_positions"] = min(config.n_positions, sizes["n_positions"])
+        return replace(config, **sizes)
 
     def load_pretrained(
         self, tokenizer: Tokenizer, language_model: Callable[[], Path], clip: Any = None
@@ -239,8 +245,8 @@ class ClipGpt2Captioner(Gpt2Decoder):
             return
         folder = language_model()
         remedy = f"delete {folder} and {folder}-run: the next training creates them again"
-        vocabulary = tokenizer_from_json(read_json(folder / "tokenizer.json", remedy))
-        rows = token_rows(vocabulary, tokenizer)
+        known = tokenizer_from_json(read_json(folder / "tokenizer.json", remedy))
+        rows = token_rows(known, tokenizer)
         if rows is None:
             raise CapGenError(
                 f"the language model in {folder} was trained on another vocabulary", remedy
@@ -275,20 +281,6 @@ class ClipGpt2Captioner(Gpt2Decoder):
         """(..., n_embd) -> (..., V): the final norm, then the head or the tied token embedding."""
         weight = self.gpt2.wte.weight if self.config.tied_head else self.head.weight
         return F.linear(self.gpt2.ln_f(x), weight, self.output_bias)
-
-
-def with_sizes_of(config: ClipGpt2Config, source: str | Path) -> ClipGpt2Config:
-    """Return ``config`` with the sizes of the GPT-2 in ``source``; it may keep fewer positions.
-
-    Raises:
-        CapGenError: there is no GPT-2 in ``source``; names the three ways to provide one.
-    """
-    published = read_config(source, WAYS)
-    sizes: dict[str, Any] = {key: published.get(key) for key in SIZES}
-    if not all(type(value) is int and value > 0 for value in sizes.values()):
-        raise CapGenError(f"the config.json of {source} is not that of a GPT-2", WAYS)
-    sizes["n_positions"] = min(config.n_positions, sizes["n_positions"])
-    return replace(config, **sizes)
 
 
 def load_language_model(

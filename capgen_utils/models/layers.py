@@ -72,18 +72,6 @@ def attend_images(
     return grouping.scatter(attended.unflatten(2, (-1, length)).transpose(1, 2)), weights
 
 
-def causal_weights(query: Tensor, key: Tensor) -> Tensor:
-    """Return the weights (M, heads, T, T) of self-attention over earlier tokens and the token
-    itself.
-
-    Args:
-        query, key: (M, heads, T, width).
-    """
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (M, heads, T, T)
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)  # (T, T)
-    return scores.masked_fill(later, -torch.inf).softmax(-1)
-
-
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with a layer norm and a residual.
 
@@ -206,8 +194,8 @@ class LayeredCaptioner(CaptionModel):
         """The state before the first token, one hypothesis per image."""
         like = next(iter(memory.tensors().values()))  # the cache takes its device and dtype
         count, layer = len(self.layers), self.layers[0]
-        cache = KeyValues.new(like, count, memory.images, layer.heads, layer.width)
-        return SharedState.new(memory, cache)
+        empty = KeyValues.new(like, count, memory.images, layer.heads, layer.width)
+        return SharedState.new(memory, empty)
 
     def step(
         self, tokens: Tensor, state: SharedState, attention: bool = False
@@ -231,8 +219,10 @@ class LayeredCaptioner(CaptionModel):
     def attention_by_layer(self, memory: Any, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``CaptionModel.attention_by_layer``."""
         state, x = SharedState(memory, tokens.new_zeros(1), ()), self.embed_words(tokens)
+        later = tokens.new_ones(2 * [tokens.shape[1]]).triu(1).bool()  # (T, T)
         for i, layer in enumerate(self.layers):
             query, key, _ = layer.project_self(x)  # (1, heads, T, width) each
+            scores = query @ key.transpose(-1, -2) * layer.width**-0.5  # (1, heads, T, T)
             x, looked = self.run_layer(i, x, state, attention=True)
             if looked is not None:
-                yield looked, causal_weights(query, key)
+                yield looked, scores.masked_fill(later, -torch.inf).softmax(-1)

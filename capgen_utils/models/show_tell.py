@@ -115,10 +115,9 @@ class ShowTellCaptioner(CaptionModel):
 
     def forward(self, memory: ShowTellMemory, tokens: Tensor, image: Tensor) -> Tensor:
         """Logits (M, T, V) of the next token at every position; see ``CaptionModel.forward``."""
-        tokens = self.hide_words(tokens)
-        hidden = memory.hidden[image].transpose(0, 1)  # (layers, M, hidden)
-        cell = memory.cell[image].transpose(0, 1)  # (layers, M, hidden)
-        x, _, _ = self._read(self.embed(tokens), hidden, cell)  # (M, T, hidden)
+        # (layers, M, hidden) each
+        states = (part[image].transpose(0, 1) for part in (memory.hidden, memory.cell))
+        x, _, _ = self._read(self.embed(self.hide_words(tokens)), *states)  # (M, T, hidden)
         return self.logits(x)
 
     def start(self, memory: ShowTellMemory) -> SharedState:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from capgen_utils.data.manifest import Item, Manifest
 from capgen_utils.models.base import IGNORED
 from capgen_utils.text.ptb import tokenise
 from capgen_utils.text.words import Tokenizer
-from capgen_utils.vision.features import FeatureCache
+from capgen_utils.vision.encoder import Encoder
+from capgen_utils.vision.features import FeatureCache, extract
 
 SIDES = frozenset(("left", "right"))
 CHUNKS = 4
@@ -33,6 +35,32 @@ class TrainingData:
     dev: Manifest
     plain: FeatureCache
     flipped: FeatureCache | None = None
+
+    @classmethod
+    def extract(
+        cls,
+        manifest: Manifest,
+        encoder: Encoder,
+        output: str,
+        flip: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> "TrainingData":
+        """Return the images of ``manifest`` with one ``output`` of an encoder.
+
+        Args:
+            manifest: all splits.
+            encoder: see ``vision.features.extract``.
+            output: one of its outputs.
+            flip: also extract the mirrored training images.
+            dtype: compute dtype of the features; see ``vision.features.extract``.
+
+        Raises:
+            CapGenError: see ``vision.features.extract``.
+        """
+        train = manifest.split("train")
+        flipped = extract(train, encoder, output, flip=True, dtype=dtype) if flip else None
+        plain = extract(manifest, encoder, output, dtype=dtype)
+        return cls(train, manifest.split("dev"), plain, flipped)
 
     def features(self, items: Sequence[Item], flips: Sequence[bool]) -> Tensor:
         """Gather the features (B, ...) of images; ``flips`` says which are mirrored."""
@@ -70,23 +98,22 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``."""
-        features, tokens = self.features.to(device), self.tokens.to(device)
-        return Batch(features, tokens, self.image.to(device), self.idle)
+        moved = {name: getattr(self, name).to(device) for name in ("features", "tokens", "image")}
+        return replace(self, **moved)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Captions of similar length.
+class Chunk(NamedTuple):
+    """Captions of similar length: what ``CaptionModel.loss`` reads.
 
     Attributes:
         inputs: (M', T').
-        targets: (M', T'), the next tokens; ``IGNORED`` for padding.
         image: (M',).
+        targets: (M', T'), the next tokens; ``IGNORED`` for padding.
     """
 
     inputs: Tensor
-    targets: Tensor
     image: Tensor
+    targets: Tensor
 
 
 def chunks_by_length(batch: Batch, pad_id: int, count: int = CHUNKS) -> list[Chunk]:
@@ -103,7 +130,7 @@ def chunks_by_length(batch: Batch, pad_id: int, count: int = CHUNKS) -> list[Chu
         # The end token is a target; only what follows it is ignored.
         ignored = (tokens[:, 1:] == pad_id) | batch.idle
         targets = tokens[:, 1:].masked_fill(ignored, IGNORED)
-        chunks.append(Chunk(tokens[:, :-1], targets, batch.image[rows]))
+        chunks.append(Chunk(tokens[:, :-1], batch.image[rows], targets))
     return chunks
 
 
@@ -137,8 +164,9 @@ class Batcher:
         key = item.image, flipped
         if key not in self._tokens:
             captions = captions_of(item, flipped)
-            ids = (self.tokenizer.encode(caption, self.seq_len) for caption in captions)
-            self._tokens[key] = [torch.tensor(row) for row in ids]
+            self._tokens[key] = [
+                torch.tensor(self.tokenizer.encode(caption, self.seq_len)) for caption in captions
+            ]
         return self._tokens[key]
 
     def batch(self, items: Sequence[Item], flips: Sequence[bool]) -> Batch:

@@ -5,7 +5,7 @@ Its texts, its losses, its retrieval measures, and its training loop.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ SAMPLE = 512  # images for the statistics of the stem's grid
 COLDEST = math.log(100)  # CLIP's bound of the logit scale
 
 
+Text = tuple[int, ...]  # token ids
+
+
 class Texts:
     """The captions of images and their false twins as token ids; equal token ids are one text.
 
@@ -45,22 +48,18 @@ class Texts:
     def __init__(self, items: Sequence[Item], dual: DualEncoder, mirrored: bool) -> None:
         self._tokenizer = dual.tokenizer
         self._longest = dual.clip.config.text_config.max_position_embeddings
-        self._numbers: dict[tuple[int, ...], int] = {}
-        self._twins: dict[int, list[int]] = {}
-        self._captions: dict[tuple[str, bool], list[int]] = {}
+        self._captions: dict[tuple[str, bool], list[Text]] = {}
+        self._twins: dict[Text, list[Text]] = {}
         for flip in (False, True) if mirrored else (False,):
             for item in items:
-                numbers = self._captions[item.image, flip] = []
-                for caption in captions_of(item, flip):
-                    numbers.append(self._add(caption))
-                    if numbers[-1] not in self._twins:
-                        twins = [self._add(twin) for twin in hard_negatives(caption)]
-                        self._twins[numbers[-1]] = twins
-        self._ids = list(self._numbers)
+                captions = captions_of(item, flip)
+                texts = self._captions[item.image, flip] = self._read(captions)
+                for caption, text in zip(captions, texts, strict=True):
+                    if text not in self._twins:
+                        self._twins[text] = self._read(hard_negatives(caption))
 
-    def _add(self, text: str) -> int:
-        ids = tuple(self._tokenizer.encode(text, self._longest))
-        return self._numbers.setdefault(ids, len(self._numbers))
+    def _read(self, captions: Iterable[str]) -> list[Text]:
+        return [tuple(self._tokenizer.encode(text, self._longest)) for text in captions]
 
     def views(self, items: Sequence[Item], flips: Sequence[bool]) -> list[bool]:
         """Return ``flips``, without images whose captions all mention a side."""
@@ -87,17 +86,16 @@ class Texts:
         drawn = dict.fromkeys(c for own in captions for c in _some(own, config.captions, rng))
         pairs = [(c, twin) for c in drawn for twin in _some(self._twins[c], config.twins, rng)]
         texts = dict.fromkeys([*drawn, *(twin for _, twin in pairs)])
-        columns = {number: column for column, number in enumerate(texts)}
+        columns = {text: column for column, text in enumerate(texts)}
         positive = torch.zeros(len(captions), len(columns), dtype=torch.bool)  # (B, M)
         for image, own in enumerate(captions):
             positive[image, [columns[c] for c in own if c in columns]] = True
-        rows = [_leave_out(self._ids[number], config.word_dropout, rng) for number in columns]
-        twins = [[columns[c], columns[twin]] for c, twin in pairs]
-        twins_of = torch.tensor(twins, dtype=torch.long).view(-1, 2)  # (P, 2)
-        return pad(rows, self._tokenizer.pad_id), positive, twins_of
+        rows = [_leave_out(text, config.word_dropout, rng) for text in texts]
+        twins = torch.tensor([[columns[text] for text in pair] for pair in pairs], dtype=torch.long)
+        return pad(rows, self._tokenizer.pad_id), positive, twins.view(-1, 2)
 
 
-def _some(values: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
+def _some(values: Sequence[Text], count: int, rng: np.random.Generator) -> list[Text]:
     return [values[i] for i in rng.permutation(len(values))[:count]]
 
 
@@ -132,10 +130,9 @@ def info_nce(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def _find(logits: Tensor, positive: Tensor) -> Tensor:
-    answered = positive.any(1)  # (B,)
     shares = positive.float() / positive.sum(1, keepdim=True).clamp(min=1)  # (B, M)
     losses = -(shares * logits.float().log_softmax(1)).sum(1)  # (B,)
-    return losses[answered].mean()
+    return losses[positive.any(1)].mean()
 
 
 def twin_loss(logits: Tensor, positive: Tensor, pairs: Tensor) -> Tensor:
@@ -224,8 +221,8 @@ def speaker(dual: DualEncoder) -> CaptionModel:
         n_head=text.num_attention_heads,
         fc_dim=text.intermediate_size,
     )
-    shape = dual.images.outputs["embedding"]
-    return build_model(ClipPrefixCaptioner.name, config, dual.tokenizer, shape)
+    name, shape = ClipPrefixCaptioner.name, dual.images.outputs["embedding"]
+    return build_model(name, config, dual.tokenizer, shape)
 
 
 # --- retrieval measures
@@ -299,11 +296,10 @@ def twin_accuracy(
     rows = torch.tensor([[i, texts[caption], texts[twin]] for i, caption, twin in pairs])
     true, false = ((images[rows[:, 0]] * vectors[rows[:, column]]).sum(1) for column in (1, 2))
     won = true > false
-    lost = set(rows[~won, 0].tolist())
-    judged = set(rows[:, 0].tolist())
+    lost, all_images = (len(row.unique()) for row in (rows[~won, 0], rows[:, 0]))
     return {
         "twins": 100 * won.float().mean().item(),
-        "twins, all of an image": 100 * (1 - len(lost) / len(judged)),
+        "twins, all of an image": 100 * (1 - lost / all_images),
     }
 
 
@@ -419,8 +415,8 @@ class ContrastiveTrainer(Loop):
         grid, device = self.data.features(items, flips), self.accelerator.device  # (B, N, D)
         if texts is not None:
             texts = [tensor.to(device) for tensor in texts]
-        total = self._loss(as_picture(grid.to(device).float()), texts)
-        return total, torch.ones((), device=device)
+        pictures = as_picture(grid.to(device).float())
+        return self._loss(pictures, texts), torch.ones((), device=device)
 
     def _loss(self, pictures: Tensor, texts: Sequence[Tensor] | None) -> Tensor:
         """Return the loss of a batch.

@@ -81,8 +81,8 @@ class Loop(ABC):
         self.config, self.folder = config, Path(folder)
         self.accelerator = _accelerator(config, self.folder, trackers, device)
         self.learner, self.averaged = model.to(self.accelerator.device), averaged
-        weights = {k: v.detach().clone() for k, v in self._changing()}
-        self.average = weights if config.average else None
+        average = {k: v.detach().clone() for k, v in self._changing()}
+        self.average = average if config.average else None
         self.optimizer = self.accelerator.prepare(make_optimizer(model, config))
         self.progress, self.epochs = Progress(), epochs
         self.epoch_steps = math.ceil(len(self.data.train) / config.batch_images)
@@ -279,8 +279,8 @@ class Loop(ABC):
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         scaler = self.accelerator.scaler
         scalars = {"scaler": scaler.state_dict() if scaler is not None else {}}
-        progress = asdict(self.progress) | {"identity": self.identity(), "scalars": scalars}
-        save_checkpoint(self.checkpoint_path, tensors, progress)
+        more = {"identity": self.identity(), "scalars": scalars}
+        save_checkpoint(self.checkpoint_path, tensors, asdict(self.progress) | more)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one.

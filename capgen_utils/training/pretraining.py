@@ -126,10 +126,9 @@ def pretrain_encoder(preset: Preset, root: Path | None = None, folder: Path | No
         return folder
     print(f"pre-training the {preset.encoder} encoder once; it is kept in {folder}")
     manifest = load_dataset(preset.dataset, root)
-    train, pixels = manifest.split("train"), Pixels(new_shapes_cnn().preprocessing)
-    features = extract(manifest, pixels, "pixels", dtype=torch.float32)
-    data = TrainingData(train, manifest.split("dev"), features)
-    tokenizer = WordTokenizer.fit(train.captions(), preset.min_count)
+    pixels = Pixels(new_shapes_cnn().preprocessing)
+    data = TrainingData.extract(manifest, pixels, "pixels", dtype=torch.float32)
+    tokenizer = WordTokenizer.fit(data.train.captions(), preset.min_count)
     torch.manual_seed(preset.pretraining.seed)
     encoder, run = new_shapes_cnn(), run_folder(folder)
     # Shifted images are regularisation enough.
@@ -139,8 +138,8 @@ def pretrain_encoder(preset: Preset, root: Path | None = None, folder: Path | No
     Trainer(JointCaptioner(encoder, captioner), tokenizer, data, pixels, *settings).train()
     best = load_file(run / "bundle" / "model.safetensors")
     encoder.trunk.load_state_dict(named_below("encoder.trunk", best))
-    described = read_json(run / "bundle" / "config.json", "run pre-training again")
-    encoder.training_run = described.get("training_run")
+    info = read_json(run / "bundle" / "config.json", "run pre-training again")
+    encoder.training_run = info.get("training_run")
     save_encoder(folder, encoder.cpu())
     return folder
 
@@ -222,10 +221,8 @@ def pretrain_dual_encoder(
     print(f"training a small CLIP on {stem.name} once; it is kept in {folder}")
     manifest = load_dataset(preset.dataset, root)
     seen = load_dataset(recipe.dataset) if recipe.dataset else manifest
-    train = seen.split("train")
-    flipped = extract(train, stem, "grid", flip=True) if preset.flip else None
-    data = TrainingData(train, seen.split("dev"), extract(seen, stem, "grid"), flipped)
-    tokenizer = fit_tokenizer(recipe.tokenizer, train.captions(), preset.min_count)
+    data = TrainingData.extract(seen, stem, "grid", preset.flip)
+    tokenizer = fit_tokenizer(recipe.tokenizer, data.train.captions(), preset.min_count)
     torch.manual_seed(recipe.training.seed)
     dual = DualEncoder.new(recipe.sizes, stem, tokenizer)
     best = ContrastiveTrainer(dual, data, recipe.training, run_folder(folder)).train()

@@ -17,7 +17,7 @@ from capgen_utils.common.files import CapGenError
 from capgen_utils.config import SMALL_CLIP, Recipe, TrainingConfig
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.data.manifest import Manifest
-from capgen_utils.models import build_model, feature_of, model_class
+from capgen_utils.models import build_model, model_class
 from capgen_utils.presets import Preset, get_preset, run_of
 from capgen_utils.text.vocabulary import fit_tokenizer
 from capgen_utils.text.words import Tokenizer
@@ -28,7 +28,6 @@ from capgen_utils.training.trainer import Trainer
 from capgen_utils.vision.clip import CLIPS
 from capgen_utils.vision.dual_encoder import DualEncoder
 from capgen_utils.vision.encoder import Encoder
-from capgen_utils.vision.features import extract
 
 
 @dataclass(frozen=True)
@@ -142,12 +141,10 @@ def prepare(
     with state.main_process_first():  # one process downloads or draws the dataset
         manifest = load_dataset(preset.dataset, root, limit)
     encoder, scorer = _encoder(preset, recipe, root)
-    output, train_split = feature_of(model, recipe.config), manifest.split("train")
     with state.main_process_first():  # one process extracts the features
-        flipped = extract(train_split, encoder, output, flip=True) if preset.flip else None
-        plain = extract(manifest, encoder, output)
-    data = TrainingData(train_split, manifest.split("dev"), plain, flipped)
-    tokenizer = fit_tokenizer(recipe.tokenizer, train_split.captions(), preset.min_count)
+        output = model_class(model).feature_of(recipe.config)
+        data = TrainingData.extract(manifest, encoder, output, preset.flip)
+    tokenizer = fit_tokenizer(recipe.tokenizer, data.train.captions(), preset.min_count)
     dtype = choose_dtype(choose_device())
     return Prepared(preset, recipe, manifest, encoder, dtype, tokenizer, data, root, scorer)
 

@@ -90,8 +90,7 @@ def _is_another(source: Path, target: Path) -> bool:
     """Return whether two folders both hold weights, and their weights differ."""
     remedy = "delete this folder; it is copied or trained again"
     present = [folder for folder in (source, target) if (folder / WEIGHTS).is_file()]
-    hashes = {read_json(f / "config.json", remedy).get("weights_hash") for f in present}
-    return len(hashes) > 1
+    return len({read_json(f / "config.json", remedy).get("weights_hash") for f in present}) > 1
 
 
 def copy_whole(source: Path, target: Path) -> None:

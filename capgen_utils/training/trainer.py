@@ -47,8 +47,8 @@ class _Step(nn.Module):
     def forward(self, features: Tensor, chunks: Sequence[Chunk], label_smoothing: float) -> Tensor:
         """Return the loss summed over all chunks; the images are encoded once."""
         memory = self.model.encode(features)
-        parts = ((c.inputs, c.image, c.targets, label_smoothing) for c in chunks)
-        return torch.stack([self.model.loss(memory, *part) for part in parts]).sum()
+        losses = [self.model.loss(memory, *chunk, label_smoothing) for chunk in chunks]
+        return torch.stack(losses).sum()
 
 
 class Trainer(Loop):

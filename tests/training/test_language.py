@@ -30,12 +30,11 @@ from capgen_utils.models.base import IGNORED
 from capgen_utils.models.clip_gpt2 import (
     ClipGpt2Captioner,
     load_language_model,
-    with_sizes_of,
 )
 from capgen_utils.presets import PRESETS, Preset, mini_folder
 from capgen_utils.text.bpe import BpeTokenizer
 from capgen_utils.text.vocabulary import tokenizer_from_json
-from capgen_utils.training.batches import chunks_by_length, make_batch
+from capgen_utils.training.batches import TrainingData, chunks_by_length, make_batch
 from capgen_utils.training.pretraining import (
     LanguageModel,
     NoImage,
@@ -170,7 +169,7 @@ def test_what_cannot_be_had_is_said_with_three_ways(
     monkeypatch.setattr("capgen_utils.common.hub._ask", no_answer)
     for ask in (
         lambda: load_language_model(captioner_for(), source),
-        lambda: with_sizes_of(ClipGpt2Config(), source),
+        lambda: ClipGpt2Captioner.fit_config(replace(ClipGpt2Config(), language_model=str(source))),
     ):
         with pytest.raises(CapGenError) as error:
             ask()
@@ -182,13 +181,18 @@ def test_sizes_are_those_of_the_gpt2_that_is_named(folder: Path) -> None:
     config = ClipGpt2Config(language_model=str(folder), reduction=2)
     sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
     assert ClipGpt2Captioner.fit_config(config) == replace(config, **sizes)
-    assert with_sizes_of(replace(config, n_positions=5), folder).n_positions == 5
+    assert (
+        ClipGpt2Captioner.fit_config(
+            replace(config, n_positions=5, language_model=str(folder))
+        ).n_positions
+        == 5
+    )
     mini, other = replace(config, language_model=MINI), tiny_config("transformer")
     assert ClipGpt2Captioner.fit_config(mini) is mini
     assert TransformerCaptioner.fit_config(other) is other
     (folder / "config.json").write_text(json.dumps(published_config(n_layer="2")))
     with pytest.raises(CapGenError, match="not that of a GPT-2"):
-        with_sizes_of(config, folder)
+        ClipGpt2Captioner.fit_config(replace(config, language_model=str(folder)))
 
 
 def test_other_captioners_are_left_as_they_are() -> None:
@@ -322,13 +326,9 @@ def test_everything_after_the_end_token_is_padding(scenes: Path) -> None:
     tokenizer = BpeTokenizer.fit(train.captions(), "gpt2")
     items = train.items[:6]
 
-    class Nothing:
-        """Stands for data without features."""
-
-        flipped = None
-        plain = type("Rows", (), {"rows": staticmethod(lambda names: torch.zeros(len(names), 0))})
-
-    batch = make_batch(items, [False] * len(items), Nothing, tokenizer, 32)  # type: ignore[arg-type]
+    rows: Any = type("Rows", (), {"rows": staticmethod(lambda names: torch.zeros(len(names), 0))})
+    data = TrainingData(train, train, rows)  # without features
+    batch = make_batch(items, [False] * len(items), data, tokenizer, 32)
     for chunk in chunks_by_length(batch, tokenizer.pad_id):
         for row in chunk.targets:
             end = (row == tokenizer.end_id).nonzero()[:, 0]

@@ -35,7 +35,7 @@ from capgen_utils.config import DecodingConfig
 from capgen_utils.decoding.captions import Specials
 from capgen_utils.decoding.options import check_decoding
 from capgen_utils.decoding.search import decode
-from capgen_utils.models import MODELS, feature_of
+from capgen_utils.models import MODELS
 from capgen_utils.vision.encoders import new_shapes_cnn
 
 PATHS = sorted(PHOTOS.glob("*.jpg"))
@@ -68,7 +68,7 @@ def save_bundle_of(folder: Path, model: str) -> Path:
     looks through it."""
     torch.manual_seed(0)  # also where a fixture of the whole module asks
     tokenizer, name = tiny_tokenizer(), VARIANTS.get(model, (model,))[0]
-    output = feature_of(name, tiny_config(model))
+    output = MODELS[name].feature_of(tiny_config(model))
     encoder = tiny_dual().images if output == "embedding" else new_shapes_cnn(32)
     captioner = tiny_model(model, tokenizer, encoder.outputs[output])
     info = bundle_info(
