@@ -54,7 +54,7 @@ _WHERE = {  # public name -> the module that holds it, or that it is
     "grounding": "evaluation.grounding",
     "hard_negatives": "text.twins",
     "image_key": "decoding.run",
-    "import_torchvision": "common.compat",
+    "import_torchvision": "common.hub",
     "info_nce": "training.clip",
     "initialise": "training.pretraining",
     "keep_top_k": "decoding.logits",

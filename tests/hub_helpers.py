@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from capgen_utils.common.compat import import_torchvision
+from capgen_utils.common.hub import import_torchvision
 
 WIDTH, LAYERS, POSITIONS, VOCABULARY = 16, 2, 12, 20
 

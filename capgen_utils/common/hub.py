@@ -1,12 +1,17 @@
 """Models of transformers by name on the hub, or from a folder in its layout (notebooks 06, 07)."""
 
+import importlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import torch
 
 from capgen_utils.common.files import CapGenError
 
@@ -14,6 +19,43 @@ HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as unreacha
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Older releases of transformers also stored constants, which it now computes itself.
 _CONSTANTS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|embeddings\.position_ids)")
+
+_MISSING_OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+# A declaration lives only as long as its Library object.
+_libraries: list[torch.library.Library] = []
+
+
+def import_torchvision() -> ModuleType:
+    """Import torchvision, declaring its missing operators first if the plain import fails.
+
+    Call it before importing timm or anything else that imports torchvision. The wheel on PyPI is
+    built for CUDA. With a CPU-only torch its compiled part does not load, so the import fails on
+    the missing operator ``torchvision::nms``, and with it timm and transformers. Declaring the
+    operator's signature is enough, because CapGen never calls it.
+
+    Returns:
+        The ``torchvision`` module. If the declaration was needed, ``torchvision.io`` and
+        ``torchvision.ops.nms`` do not run; images are decoded with Pillow instead.
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]  # the failed import leaves half-made modules behind
+    library = torch.library.Library("torchvision", "DEF")
+    for signature in _MISSING_OPERATORS:
+        library.define(signature)
+    _libraries.append(library)
+    return importlib.import_module("torchvision")
 
 
 def load_pretrained(kind: type, source: str | Path, remedy: str) -> Any:
@@ -34,10 +76,6 @@ def load_pretrained(kind: type, source: str | Path, remedy: str) -> Any:
     Raises:
         CapGenError: there is no such model, or another one.
     """
-    import torch
-
-    from capgen_utils.common.compat import import_torchvision
-
     import_torchvision()
     expected = kind.config_class.model_type  # type: ignore[attr-defined]
     actual = read_config(source, remedy).get("model_type")

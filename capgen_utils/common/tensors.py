@@ -1,6 +1,7 @@
-"""Named tensors in safetensors files: compact, checked on reading, and as training checkpoints."""
+"""Tensors in safetensors files, compact and checked on reading, and position encodings."""
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,3 +139,25 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CapGenError(
             f"the checkpoint {path} is damaged ({error})", "delete it and train again"
         ) from error
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Encode ``positions`` (N,) as sines and cosines (arXiv 1706.03762): (N, width).
+
+    The wavelengths rise from 2 pi to 10000 x 2 pi.
+    """
+    rates = 10000 ** (-torch.arange(0, width, 2) / width)
+    angles = positions[:, None] * rates  # (N, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+
+
+def grid_sinusoids(positions: int, width: int) -> Tensor:
+    """Encode the cells of a grid: (positions, width).
+
+    Row and column get half of the width each. A grid that is not square is encoded as a sequence.
+    """
+    side = math.isqrt(positions)
+    if side * side != positions:
+        return sinusoids(torch.arange(positions), width)
+    row, column = torch.arange(positions) // side, torch.arange(positions) % side
+    return torch.cat([sinusoids(row, width // 2), sinusoids(column, width - width // 2)], dim=1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capgen_utils.common.sinusoids import grid_sinusoids
+from capgen_utils.common.tensors import grid_sinusoids
 from capgen_utils.config import RECIPES, AttendTellConfig
 from capgen_utils.models.base import IGNORED, CaptionModel, Memory, SharedState, caption_loss
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError, read_json
-from capgen_utils.common.hub import load_pretrained, read_config
-from capgen_utils.common.sinusoids import grid_sinusoids
+from capgen_utils.common.hub import import_torchvision, load_pretrained, read_config
+from capgen_utils.common.tensors import grid_sinusoids
 from capgen_utils.config import MINI, RECIPES, ClipGpt2Config
 from capgen_utils.models.base import SharedState
 from capgen_utils.models.layers import (

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError
+from capgen_utils.common.hub import import_torchvision
 from capgen_utils.config import RECIPES, ClipPrefixConfig
 from capgen_utils.models.base import Memory, SharedState
 from capgen_utils.models.layers import LayeredCaptioner, attend

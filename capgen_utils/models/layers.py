@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capgen_utils.common.files import CapGenError
-from capgen_utils.common.sinusoids import sinusoids
+from capgen_utils.common.tensors import sinusoids
 from capgen_utils.config import ClipPrefixConfig, TransformerConfig
 from capgen_utils.models.base import CaptionModel, Grouping, KeyValues, Memory, SharedState
 

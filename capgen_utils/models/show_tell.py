@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capgen_utils.common.files import CapGenError
-from capgen_utils.common.sinusoids import grid_sinusoids
+from capgen_utils.common.tensors import grid_sinusoids
 from capgen_utils.config import RECIPES, ShowTellConfig
 from capgen_utils.models.base import CaptionModel, Memory, SharedState
 

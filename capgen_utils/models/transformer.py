@@ -5,7 +5,7 @@
 
 from torch import Tensor, nn
 
-from capgen_utils.common.sinusoids import grid_sinusoids
+from capgen_utils.common.tensors import grid_sinusoids
 from capgen_utils.config import RECIPES, TransformerConfig
 from capgen_utils.models.base import SharedState
 from capgen_utils.models.layers import LayeredCaptioner, TransformerMemory, attend_images

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor, autocast, nn
 from torch.nn import functional as F
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError, from_dict
-from capgen_utils.common.hub import load_pretrained
+from capgen_utils.common.hub import import_torchvision, load_pretrained
 from capgen_utils.config import SMALL_CLIP, SmallClipConfig
 from capgen_utils.vision.encoder import FOLDER_REMEDY, Encoder
 from capgen_utils.vision.preprocessing import Preprocessing

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError, atomic_path, fingerprint, read_json, write_json
-from capgen_utils.common.hub import load_pretrained
-from capgen_utils.common.sinusoids import grid_sinusoids, sinusoids
-from capgen_utils.common.tensors import compact, read_tensors, save_tensors
+from capgen_utils.common.hub import import_torchvision, load_pretrained
+from capgen_utils.common.tensors import (
+    compact,
+    grid_sinusoids,
+    read_tensors,
+    save_tensors,
+    sinusoids,
+)
 from capgen_utils.config import SmallClipConfig
 from capgen_utils.data.images import ImageLike, is_many, open_image
 from capgen_utils.text.bpe import BpeTokenizer

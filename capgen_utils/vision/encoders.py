@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError, atomic_path, read_json, write_json
+from capgen_utils.common.hub import import_torchvision
 from capgen_utils.common.paths import data_dir
 from capgen_utils.common.tensors import compact, read_tensors, save_tensors
 from capgen_utils.config import SMALL_CLIP

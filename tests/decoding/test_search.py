@@ -12,8 +12,8 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError
+from capgen_utils.common.hub import import_torchvision
 from capgen_utils.config import DecodingConfig
 from capgen_utils.decoding.captions import Hypothesis, Specials
 from capgen_utils.decoding.logits import (

@@ -11,8 +11,8 @@ from helpers import CPU, tiny_config, tiny_data, tiny_encoder, tiny_model, tiny_
 from torch import Tensor, nn
 
 from capgen_utils.bundle import Bundle, bundle_info, load_bundle, save_bundle
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError
+from capgen_utils.common.hub import import_torchvision
 from capgen_utils.config import ClipGpt2Config, DecodingConfig, TrainingConfig
 from capgen_utils.decoding.captions import Specials
 from capgen_utils.decoding.search import decode

@@ -93,7 +93,7 @@ def trimmed(family: str, clean: bool = True) -> BpeTokenizer:
 @functools.cache
 def theirs(family: str) -> Any:
     """Return transformers' own tokenizer of the published table."""
-    from capgen_utils.common.compat import import_torchvision
+    from capgen_utils.common.hub import import_torchvision
 
     import_torchvision()
     from transformers import CLIPTokenizerFast, GPT2TokenizerFast

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError
+from capgen_utils.common.hub import import_torchvision
 from capgen_utils.config import ContrastiveConfig, SmallClipConfig
 from capgen_utils.data.datasets import load_dataset
 from capgen_utils.data.manifest import Item, Manifest

@@ -21,8 +21,8 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError
+from capgen_utils.common.hub import import_torchvision
 from capgen_utils.text.words import WordTokenizer
 from capgen_utils.vision.clip import CLIP_PREPROCESSING, CLIPS, ClipVision
 from capgen_utils.vision.dual_encoder import DualEncoder, pad

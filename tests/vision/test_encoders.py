@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.files import CapGenError
+from capgen_utils.common.hub import import_torchvision
 from capgen_utils.vision.encoder import Encoder, Pixels
 from capgen_utils.vision.encoders import (
     ENCODERS,

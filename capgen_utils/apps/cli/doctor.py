@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from capgen_utils.common.compat import import_torchvision
 from capgen_utils.common.device import (
     check_device,
     choose_device,
@@ -22,6 +21,7 @@ from capgen_utils.common.device import (
     device_remedy,
 )
 from capgen_utils.common.files import CapGenError
+from capgen_utils.common.hub import import_torchvision
 from capgen_utils.common.paths import data_dir, requirement_lines
 
 MIN_PYTHON = (3, 11)

@@ -5,12 +5,12 @@ import importlib
 import pytest
 from helpers import run_python
 
-from capgen_utils.common import compat
+from capgen_utils.common import hub
 
 
 @pytest.mark.parametrize("module", ["torchvision", "timm", "transformers"])
 def test_libraries_import_after_torchvision_was_made_to(module: str) -> None:
-    script = "from capgen_utils.common.compat import import_torchvision as f; assert f() is f()"
+    script = "from capgen_utils.common.hub import import_torchvision as f; assert f() is f()"
     script += f"; import {module}"
     done = run_python("-c", script)
     assert done.returncode == 0, done.stderr
@@ -22,4 +22,4 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(RuntimeError, match="something else"):
-        compat.import_torchvision()
+        hub.import_torchvision()
