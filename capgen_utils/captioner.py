@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from capgen_utils.bundle import Bundle, load_bundle
-from capgen_utils.common.device import choose_device
+from capgen_utils.common.device import choose_device, choose_dtype
 from capgen_utils.common.files import CapGenError
 from capgen_utils.common.paths import REPOSITORY
 from capgen_utils.config import DecodingConfig
@@ -58,7 +58,6 @@ class Captioner:
         specials: token ids that decoding needs.
         decoding: the bundle's decoding defaults.
         longest: the longest caption in tokens, including the end token.
-        features_dtype: the encoder's compute dtype: ``float32``, ``bfloat16`` or ``float16``.
         folder: the folder that the bundle was read from.
         images, cache: set by ``reading``: a manifest and its features.
     """
@@ -76,7 +75,7 @@ class Captioner:
         self.tokenizer = bundle.tokenizer
         self.specials = Specials.of(self.tokenizer)
         self.decoding, self.longest = bundle.decoding, longest_caption(self.model)
-        self.features_dtype, self.folder = str(bundle.info["extraction_dtype"]), bundle.folder
+        self.folder = bundle.folder
         self._scorer = scorer
         self.images: Manifest | None = None
         self.cache: FeatureCache | None = None
@@ -99,17 +98,25 @@ class Captioner:
             encoder_weights: a local weights file of the encoder, if it cannot be downloaded.
             scorer: folder of a CLIP for re-ranking; by default the bundle's own, if it has one.
             fp32: compute features in fp32, as exported captioners do, instead of in the dtype of
-                the training features. A few captions differ.
+                the training features. A few captions differ. Devices that only emulate bf16 use
+                fp32 in its place, which is many times faster there.
 
         Raises:
             CapGenError: the bundle, the encoder's weights or the scorer cannot be loaded; says what
                 to do.
         """
         bundle = load_bundle(DEFAULT_BUNDLE if path is None else Path(path), encoder_weights)
-        if fp32:
+        where = choose_device(device)
+        bf16 = bundle.extraction_dtype == torch.bfloat16
+        if fp32 or (bf16 and choose_dtype(where) != torch.bfloat16):
             bundle.info["extraction_dtype"] = "float32"
         clip = None if scorer is None else DualEncoder.load(Path(scorer), encoder_weights)
-        return cls(bundle, bundle.build_encoder(), choose_device(device), clip)
+        return cls(bundle, bundle.build_encoder(), where, clip)
+
+    @property
+    def features_dtype(self) -> str:
+        """The encoder's compute dtype: ``float32``, ``bfloat16`` or ``float16``."""
+        return str(self.bundle.info["extraction_dtype"])
 
     @cached_property
     def scorer(self) -> DualEncoder:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers import ROOT, need
 
 from capgen_utils.models import MODELS
@@ -26,13 +27,15 @@ TRAINING_LIMIT = 2400  # seconds for a test that may have to wait for the one tr
 
 @pytest.fixture(scope="session", autouse=True)
 def private_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep every test away from the reader's data folder.
+    """Keep every test away from the reader's data folder; parallel workers share one.
 
     CAPGEN_DATA_FOR_TESTS names a folder to use again, and with it a training run that is finished
     already.
     """
     given = os.environ.get("CAPGEN_DATA_FOR_TESTS")
-    folder = Path(given).resolve() if given else tmp_path_factory.mktemp("capgen-data")
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    base = tmp_path_factory.getbasetemp()
+    folder = Path(given).resolve() if given else (base.parent if worker else base) / "capgen-data"
     folder.mkdir(parents=True, exist_ok=True)
     before = os.environ.get("CAPGEN_DATA")
     os.environ["CAPGEN_DATA"] = str(folder)
@@ -95,9 +98,10 @@ def train_on_shapes(data: Path, model: str) -> ShapesRun:
         "--model",
         model,
     ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=TRAINING_LIMIT, check=False
-    )
+    with FileLock(data / f"{model}.lock"):
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=TRAINING_LIMIT, check=False
+        )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     run = ShapesRun(data, model)
     assert run.bundle.is_dir()

@@ -55,7 +55,10 @@ def said_by(*arguments: str | Path) -> list[tuple[str, float]]:
     return [(row["caption"], row["candidates"][0]["log_probability"]) for row in rows]
 
 
-def test_features_in_bf16_would_be_noticed(expected: list[Caption]) -> None:
+def test_features_in_bf16_would_be_noticed(
+    expected: list[Caption], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capgen_utils.common.device.cpu_has_bf16", lambda: True)
     usual = Captioner.from_bundle(device="cpu")
     need("a captioner that was trained on features in bf16", usual.features_dtype == "bfloat16")
     with pytest.raises(AssertionError):

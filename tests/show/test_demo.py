@@ -69,7 +69,7 @@ def test_upload_click_caption_and_slider_in_jupyterlab(in_lab: Any, expected: st
     assert in_lab.locator(".capgen-steps mark").first.inner_text() == words[0]
     for place in (1, 2):
         marked, text = script.step(in_lab)
-        assert marked == words[place] and f"said: {words[place]}." in text
+        assert marked == words[place] and f"for the word: {words[place]}." in text
     assert no_complaint(in_lab)
 
 

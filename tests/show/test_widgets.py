@@ -275,6 +275,7 @@ def test_captioners_are_loaded_when_they_are_needed_and_once(
 def test_features_in_fp32_are_chosen_by_a_box_and_each_choice_is_loaded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("capgen_utils.common.device.cpu_has_bf16", lambda: True)
     save_tiny_bundle(tmp_path)
     info = json.loads((tmp_path / "config.json").read_text()) | {"extraction_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(info))

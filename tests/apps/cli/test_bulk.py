@@ -125,8 +125,13 @@ def test_a_killed_run_resumes(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_fp32_features_are_part_of_the_settings(
-    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, paths: list[Path]
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    bundle: Path,
+    tmp_path: Path,
+    paths: list[Path],
 ) -> None:
+    monkeypatch.setattr("capgen_utils.common.device.cpu_has_bf16", lambda: True)
     shutil.copytree(bundle, tmp_path / "bf16")
     info = json.loads((bundle / "config.json").read_text()) | {"extraction_dtype": "bfloat16"}
     (tmp_path / "bf16" / "config.json").write_text(json.dumps(info))
