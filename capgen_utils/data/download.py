@@ -199,8 +199,9 @@ def _attached(kaggle_input: Path) -> Iterator[Path]:
 def download_flickr8k(target: Path | None = None, kaggle_input: Path = KAGGLE_INPUT) -> Path:
     """Return the folder of Flickr8k; download it first if needed (about 1.1 GB, no account).
 
-    Tried in order: kagglehub's public download; the GitHub release of jbrownlee/Datasets. The
-    folder appears only after its images and captions have been checked.
+    Tried in order: kagglehub's public download; the GitHub release of jbrownlee/Datasets; the
+    Kaggle client, if there is a key. The folder appears only after its images and captions have
+    been checked.
 
     Args:
         target: the folder of Flickr8k; the data folder's ``flickr8k`` by default.
@@ -227,7 +228,7 @@ def download_flickr8k(target: Path | None = None, kaggle_input: Path = KAGGLE_IN
         try:
             way(target)
             return target
-        except Exception as error:  # kagglehub raises many types
+        except (Exception, SystemExit) as error:  # the Kaggle client exits if it finds no key
             problem = getattr(error, "problem", f"{type(error).__name__}: {error}")
             failures.append(f"  {name}: {problem.strip()[:300]}")
     raise CapGenError(
@@ -244,7 +245,7 @@ def _clean_up(target: Path) -> None:
         target.unlink()
     leftovers = [
         *target.parent.glob(f".{target.name}.*.partial"),
-        *_downloads(target).glob("tmp*"),  # pooch's temporary files
+        *(target.parent / "downloads").glob("tmp*"),  # pooch's temporary files
     ]
     for leftover in leftovers:
         if time.time() - leftover.stat().st_mtime > STALE:
@@ -274,9 +275,33 @@ def _by_kagglehub(target: Path) -> None:
 
 
 def _by_github(target: Path) -> None:
-    """Unpack and check beside ``target``, rename, and only then delete the archives."""
-    folder = _downloads(target)
+    folder = target.parent / "downloads"
     archives = [fetch(f"{RELEASE}/{name}", folder / name, md5) for name, md5 in ARCHIVES.items()]
+    _unpack(archives, target)
+
+
+def _by_kaggle_client(target: Path) -> None:
+    keys = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle") / "kaggle.json"
+    in_environment = os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY")
+    if not in_environment and not keys.is_file():
+        raise CapGenError("no Kaggle key was found", "set KAGGLE_USERNAME and KAGGLE_KEY")
+    kaggle = importlib.import_module("kaggle")  # exits on import if it finds no key
+    folder = target.parent / "downloads"
+    with explain_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    kaggle.api.dataset_download_files(HANDLE, path=str(folder), quiet=False)
+    _unpack([folder / "flickr8k.zip"], target)
+
+
+WAYS: dict[str, Callable[[Path], None]] = {
+    "kagglehub": _by_kagglehub,
+    "GitHub": _by_github,
+    "Kaggle client": _by_kaggle_client,
+}
+
+
+def _unpack(archives: list[Path], target: Path) -> None:
+    """Unpack and check beside ``target``, rename, and only then delete the archives."""
     with atomic_path(target) as temporary:
         temporary.mkdir()
         for archive in archives:
@@ -288,13 +313,6 @@ def _by_github(target: Path) -> None:
         _check_complete(temporary)
     for archive in archives:
         archive.unlink(missing_ok=True)
-
-
-def _downloads(target: Path) -> Path:
-    return target.parent / "downloads"
-
-
-WAYS: dict[str, Callable[[Path], None]] = {"kagglehub": _by_kagglehub, "GitHub": _by_github}
 
 
 # --- data sets that must be fetched by hand

@@ -75,7 +75,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No pauses, no keys, no data from outside; returns the data folder."""
     monkeypatch.setattr("pooch.core.time", SimpleNamespace(sleep=lambda _: None))
-    monkeypatch.delenv("CAPGEN_FLICKR8K", raising=False)
+    for name in ("CAPGEN_FLICKR8K", "KAGGLE_USERNAME", "KAGGLE_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "no-keys"))
     monkeypatch.setenv("CAPGEN_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(download, "MIN_IMAGES", len(NAMES))
     monkeypatch.setattr(download, "KAGGLE_INPUT", tmp_path / "no-kaggle")
@@ -481,10 +483,40 @@ def test_an_incomplete_download_never_becomes_the_data_set(
 
 
 @pytest.mark.usefixtures("offline")
-def test_if_every_way_fails_each_reason_and_remedy_is_named(quick: Path) -> None:
+def test_the_kaggle_client_is_imported_only_with_a_key(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def download_files(handle: str, path: str, quiet: bool) -> None:
+        calls.append(handle)
+        archive_of(Path(path) / "flickr8k.zip", **flickr8k_files())
+
+    fake_module(monkeypatch, "kaggle", api=SimpleNamespace(dataset_download_files=download_files))
+    with pytest.raises(CapGenError, match="no Kaggle key"):
+        download_dataset("flickr8k")
+    assert calls == []
+    monkeypatch.setenv("KAGGLE_USERNAME", "someone")
+    monkeypatch.setenv("KAGGLE_KEY", "not a key")
+    assert len(load_dataset("flickr8k", download_dataset("flickr8k"))) == len(NAMES)
+    assert calls == ["adityajn105/flickr8k"] and list((quick / "downloads").iterdir()) == []
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_client_that_exits_does_not_end_the_program(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(*_: object, **__: object) -> None:
+        raise SystemExit(1)
+
+    config = quick.parent / "keys"
+    config.mkdir()
+    (config / "kaggle.json").write_text("{}")
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(config))
+    fake_module(monkeypatch, "kaggle", api=SimpleNamespace(dataset_download_files=leave))
     with pytest.raises(CapGenError) as error:
         download_dataset("flickr8k")
-    for reason in ("kagglehub is down", "GitHub is down"):
+    for reason in ("kagglehub is down", "GitHub is down", "Kaggle client: SystemExit"):
         assert reason in error.value.problem
     for remedy in ("CAPGEN_FLICKR8K", "on Kaggle", "capgen download flickr8k"):
         assert remedy in error.value.remedy
