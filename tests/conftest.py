@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,13 @@ from filelock import FileLock
 from helpers import ROOT, need
 
 from capgen_utils.models import MODELS
+from capgen_utils.presets import PRESETS
+from capgen_utils.training.shipped import take_shipped
 
 __all__ = ["need"]
 
+FULL_TRAINING = os.environ.get("CAPGEN_FULL_TRAINING") == "1"
+FEW_EPOCHS = "3"
 TRAINING_LIMIT = 2400  # seconds for a test that may have to wait for the one training run
 
 
@@ -87,20 +92,25 @@ class ShapesRun:
 
 @functools.cache
 def train_on_shapes(data: Path, model: str) -> ShapesRun:
-    """Train a shapes captioner once, by the real command line; a finished run is found again."""
-    command = [
-        sys.executable,
-        "-m",
-        "capgen_utils",
-        "train",
-        "--preset",
-        "shapes",
-        "--model",
-        model,
-    ]
-    with FileLock(data / f"{model}.lock"):
+    """Train a shapes captioner once, by the real command line; a finished run is found again.
+
+    It starts from the encoder that ships and trains for a few epochs. With
+    ``CAPGEN_FULL_TRAINING=1`` it trains in full, and so do its encoder, CLIP and language model.
+    """
+    command = [sys.executable, "-m", "capgen_utils", "train", "--preset", "shapes"]
+    command += ["--model", model, *([] if FULL_TRAINING else ["--epochs", FEW_EPOCHS])]
+    with FileLock(data / "training.lock"):
+        if not FULL_TRAINING and not (data / "encoders").is_dir():
+            take_shipped(PRESETS["shapes"])
+            shutil.rmtree(data / "runs")  # the captioners: only what they start from is needed
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=TRAINING_LIMIT, check=False
+            command,
+            cwd=ROOT,
+            env=os.environ | {"CAPGEN_TRAIN": str(int(FULL_TRAINING))},
+            capture_output=True,
+            text=True,
+            timeout=TRAINING_LIMIT,
+            check=False,
         )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     run = ShapesRun(data, model)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import TRAINING_LIMIT, train_on_shapes
+from conftest import FULL_TRAINING, TRAINING_LIMIT, train_on_shapes
 from helpers import ROOT, need
 from nbformat import NotebookNode
 
@@ -170,27 +170,34 @@ TRAINED = {  # by number; the others need the transformer
 }
 
 
+@pytest.fixture(scope="module")
+def readers_data(private_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the data folder of a reader, with trained captioners in full training, else empty."""
+    return private_data if FULL_TRAINING else tmp_path_factory.mktemp("reader")
+
+
 @pytest.mark.notebooks
 @pytest.mark.slow
 @pytest.mark.timeout(TRAINING_LIMIT)
 @pytest.mark.parametrize("path", ALL, ids=named)
 def test_runs_from_the_first_cell_to_the_last(
-    path: Path, private_data: Path, tmp_path: Path
+    path: Path, readers_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = [
-        train_on_shapes(private_data, model)
-        for model in TRAINED.get(path.name[:2], ["transformer"])
-    ]
+    """With the captioners that ship; with ``CAPGEN_FULL_TRAINING=1``, with those trained here."""
+    monkeypatch.setenv("CAPGEN_DATA", str(readers_data))
+    models = TRAINED.get(path.name[:2], ["transformer"]) if FULL_TRAINING else []
+    runs = [train_on_shapes(readers_data, model) for model in models]
     if "from_bundle()" in path.read_text(encoding="utf-8"):
         need("the trained captioner that ships", (DEFAULT_BUNDLE / "model.safetensors").is_file())
     before = path.read_bytes()
     logs = [(run.folder / "log.jsonl").read_bytes() for run in runs]
-    outcome = run_notebook(path, "shapes", tmp_path)
+    outcome = run_notebook(path, "shapes", tmp_path, train=FULL_TRAINING)
     assert not outcome.error, outcome.error
     assert path.read_bytes() == before
     assert [(run.folder / "log.jsonl").read_bytes() for run in runs] == logs, (
         "a finished run was trained again"
     )
+    assert FULL_TRAINING or not list(readers_data.rglob("checkpoint.safetensors")), "trained"
     page = outcome.page.read_text(encoding="utf-8")
-    assert str(private_data) not in page and str(ROOT) not in page
+    assert str(readers_data) not in page and str(ROOT) not in page
     assert len(page) < 2_000_000
