@@ -83,8 +83,8 @@ course: $(STAMP) ## run all notebooks on drawn scenes; TRAIN=0 uses the captione
 # make test COVERAGE= leaves coverage out: the tests are faster without it.
 COVERAGE ?= --cov --cov-report=term
 
-# One process per core, up to four, each with one thread. Captioners are trained for a few epochs;
-# make test CAPGEN_FULL_TRAINING=1 trains all of them, and what they start from, as a reader does.
+# One process per core, up to four, each with one thread. The captioners that ship are tested;
+# make test CAPGEN_FULL_TRAINING=1 trains all of them, and what they start from, and tests these.
 test: lint ## lint, then all tests, with coverage
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal $(COVERAGE)
 

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from capgen_utils.training.shipped import take_shipped
 __all__ = ["need"]
 
 FULL_TRAINING = os.environ.get("CAPGEN_FULL_TRAINING") == "1"
-FEW_EPOCHS = "3"
 TRAINING_LIMIT = 2400  # seconds for a test that may have to wait for the one training run
 
 
@@ -68,7 +66,7 @@ def flickr8k() -> Path:
 
 @dataclass(frozen=True)
 class ShapesRun:
-    """The one run of ``capgen train --preset shapes --model MODEL``."""
+    """A finished run of ``capgen train --preset shapes --model MODEL``."""
 
     data: Path
     model: str = "transformer"
@@ -92,30 +90,33 @@ class ShapesRun:
 
 @functools.cache
 def train_on_shapes(data: Path, model: str) -> ShapesRun:
-    """Train a shapes captioner once, by the real command line; a finished run is found again.
+    """Return the run of a shapes captioner: the one that ships.
 
-    It starts from the encoder that ships and trains for a few epochs. With
-    ``CAPGEN_FULL_TRAINING=1`` it trains in full, and so do its encoder, CLIP and language model.
+    With ``CAPGEN_FULL_TRAINING=1`` it is trained once, by the real command line.
     """
-    command = [sys.executable, "-m", "capgen_utils", "train", "--preset", "shapes"]
-    command += ["--model", model, *([] if FULL_TRAINING else ["--epochs", FEW_EPOCHS])]
     with FileLock(data / "training.lock"):
-        if not FULL_TRAINING and not (data / "encoders").is_dir():
+        if FULL_TRAINING:
+            train(data, "--model", model)
+        else:
             take_shipped(PRESETS["shapes"])
-            shutil.rmtree(data / "runs")  # the captioners: only what they start from is needed
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"CAPGEN_TRAIN": str(int(FULL_TRAINING))},
-            capture_output=True,
-            text=True,
-            timeout=TRAINING_LIMIT,
-            check=False,
-        )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     run = ShapesRun(data, model)
     assert run.bundle.is_dir()
     return run
+
+
+def train(data: Path, *options: str, anew: bool = True) -> str:
+    """Run ``capgen train --preset shapes`` in a fresh process; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "capgen_utils", "train", "--preset", "shapes", *options],
+        cwd=ROOT,
+        env=os.environ | {"CAPGEN_DATA": str(data), "CAPGEN_TRAIN": str(int(anew))},
+        capture_output=True,
+        text=True,
+        timeout=TRAINING_LIMIT,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,11 @@ class FeatureCache:
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", {name: row for row, name in enumerate(self.names)})
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one image's features."""
+        return tuple(self.array.shape[1:])
+
     def rows(self, names: Sequence[str]) -> Tensor:
         """Return the features of ``names`` as a float16 tensor (len(names), *shape).
 
