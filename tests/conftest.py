@@ -18,9 +18,12 @@ import torch
 from filelock import FileLock
 from helpers import ROOT, need
 
+from capgen_utils.captioner import Captioner
+from capgen_utils.data.datasets import load_dataset
 from capgen_utils.models import MODELS
 from capgen_utils.presets import PRESETS
 from capgen_utils.training.shipped import take_shipped
+from capgen_utils.vision.features import extract
 
 __all__ = ["need"]
 
@@ -95,11 +98,14 @@ def train_on_shapes(data: Path, model: str) -> ShapesRun:
     With ``CAPGEN_FULL_TRAINING=1`` it is trained once, by the real command line.
     """
     with FileLock(data / "training.lock"):
+        run = ShapesRun(data, model)
         if FULL_TRAINING:
             train(data, "--model", model)
-        else:
+        else:  # with the features that training would leave
             take_shipped(PRESETS["shapes"])
-    run = ShapesRun(data, model)
+            bundle = Captioner.from_bundle(run.bundle, "cpu").bundle
+            encoder, dtype = bundle.build_encoder(), bundle.extraction_dtype
+            extract(load_dataset("shapes"), encoder, bundle.model.feature, dtype=dtype)
     assert run.bundle.is_dir()
     return run
 

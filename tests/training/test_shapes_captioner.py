@@ -18,12 +18,11 @@ from capgen_utils import Captioner
 from capgen_utils.bundle import Bundle, load_bundle
 from capgen_utils.data import shapes
 from capgen_utils.data.datasets import load_dataset
-from capgen_utils.data.manifest import Manifest
 from capgen_utils.decoding.run import caption_manifest
 from capgen_utils.presets import PRESETS
 from capgen_utils.training.batches import TrainingData, chunks_by_length, count_targets, make_batch
 from capgen_utils.training.shipped import take_shipped
-from capgen_utils.vision.features import FeatureCache, encode_images, extract, find_cache
+from capgen_utils.vision.features import FeatureCache, encode_images, find_cache
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +71,7 @@ def test_the_wrong_image_makes_the_words_unlikely(any_shapes_run: ShapesRun) -> 
     image."""
     bundle = Captioner.from_bundle(any_shapes_run.bundle, "cpu").bundle
     part = load_dataset("shapes").split("dev").limit(64)
-    cache = features_of(bundle, part)
+    cache = features_of(bundle)
     batch = make_batch(
         part.items,
         [False] * 64,
@@ -90,12 +89,12 @@ def test_the_wrong_image_makes_the_words_unlikely(any_shapes_run: ShapesRun) -> 
     assert losses[1] > 2 * losses[0], losses
 
 
-def features_of(bundle: Bundle, part: Manifest) -> FeatureCache:
-    """Return the features of training, which evaluation finds again; shipped bundles have none."""
+def features_of(bundle: Bundle) -> FeatureCache:
+    """Return the features of training, which evaluation finds again."""
     encoder, dtype = bundle.build_encoder(), bundle.extraction_dtype
     cache = find_cache(load_dataset("shapes"), encoder, bundle.model.feature, dtype)
-    assert cache is not None or not FULL_TRAINING
-    return cache or extract(part, encoder, bundle.model.feature, dtype=dtype)
+    assert cache is not None
+    return cache
 
 
 def test_one_epoch_on_the_shipped_encoder_learns_to_say_what_is_there(
@@ -152,7 +151,7 @@ def test_cached_and_fresh_images_get_the_same_captions(
     captioner = Captioner.from_bundle(any_shapes_run.bundle, "cpu")
     bundle, whole = captioner.bundle, load_dataset("shapes")
     part = whole.split("test").limit(64)
-    cache = features_of(bundle, part)
+    cache = features_of(bundle)
     cached = caption_manifest(bundle.model, part, cache, bundle.tokenizer, bundle.decoding)
     paths = [whole.path(item) for item in part.items]
     fresh = captioner.caption(paths, batch_size=batch_size)
