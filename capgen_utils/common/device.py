@@ -38,9 +38,8 @@ def choose_device(name: str = "auto") -> "torch.device":
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
             raise CapGenError(
-                f"the device {name!r} cannot be used ({reason})",
+                f"the device {name!r} cannot be used ({str(error).splitlines()[0]})",
                 "choose one of auto, cpu, cuda, mps that this machine has",
             ) from error
         return torch.device(name)

@@ -35,9 +35,8 @@ def explain_os_errors(path: Path, action: str = "write") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
         raise CapGenError(
-            f"cannot {action} {path}: {reason}",
+            f"cannot {action} {path}: {error.strerror or error}",
             "free some disk space or choose a folder you may write to (CAPGEN_DATA names another "
             "data folder)",
         ) from error

@@ -58,7 +58,7 @@ def import_torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
-def load_pretrained(kind: type, source: str | Path, remedy: str) -> Any:
+def load_pretrained(kind: str, source: str | Path, remedy: str) -> Any:
     """Load a model strictly: all weights are present, of the right shape and finite; none is extra.
 
     A hub model is taken from the hub's cache. If it is not there, it is asked for once, without
@@ -66,7 +66,7 @@ def load_pretrained(kind: type, source: str | Path, remedy: str) -> Any:
     a ``.bin`` is read as tensors only, so that no file runs code.
 
     Args:
-        kind: a class of transformers, such as ``GPT2LMHeadModel``.
+        kind: the name of a class of transformers, such as ``GPT2LMHeadModel``.
         source: name on the hub, or a local folder with ``config.json`` and the weights.
         remedy: the ways to provide such a model; the advice of every error.
 
@@ -77,32 +77,31 @@ def load_pretrained(kind: type, source: str | Path, remedy: str) -> Any:
         CapGenError: there is no such model, or another one.
     """
     import_torchvision()
-    expected = kind.config_class.model_type  # type: ignore[attr-defined]
+    network: Any = getattr(importlib.import_module("transformers"), kind)
+    expected = network.config_class.model_type
     actual = read_config(source, remedy).get("model_type")
     if actual != expected:
         raise CapGenError(
             f"{source} holds a model of the type {actual!r}, not {expected!r}", remedy
         )
     load = partial(
-        kind.from_pretrained,  # type: ignore[attr-defined]
-        str(source),
-        output_loading_info=True,
-        weights_only=True,
+        network.from_pretrained, str(source), output_loading_info=True, weights_only=True
     )
     with _explained(source, remedy), _quiet():
         try:
             model, report = load(local_files_only=True)
         except OSError:
-            if _is_folder(source):
+            if Path(source).is_dir():
                 raise
             _ask(str(source), "config.json")
             model, report = load()
     wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]
     wrong += [key for key in report["unexpected_keys"] if not _CONSTANTS.fullmatch(key)]
     if wrong:
-        named = ", ".join(str(key) for key in sorted(wrong, key=str)[:3])
         raise CapGenError(
-            f"the weights in {source} are not those of a {kind.__name__}: {named}", remedy
+            f"the weights in {source} are not those of a {kind}: "
+            + ", ".join(sorted(map(str, wrong))[:3]),
+            remedy,
         )
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
         raise CapGenError(f"the weights in {source} are not all finite", remedy)
@@ -115,7 +114,7 @@ def read_config(source: str | Path, remedy: str) -> dict[str, Any]:
     Raises:
         CapGenError: there is none, or it does not describe a model.
     """
-    folder = _is_folder(source)
+    folder = source != "" and Path(source).is_dir()
     if not folder and (isinstance(source, Path) or not _HUB_NAME.fullmatch(source)):
         raise CapGenError(
             f"{source} is neither an existing folder nor the name of a model on the hub", remedy
@@ -126,10 +125,6 @@ def read_config(source: str | Path, remedy: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CapGenError(f"{path} does not describe a model", remedy)
     return config
-
-
-def _is_folder(source: str | Path) -> bool:
-    return source != "" and Path(source).is_dir()
 
 
 def _fetch(name: str, file: str) -> Path:

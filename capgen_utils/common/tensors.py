@@ -104,16 +104,16 @@ def read_tensors(path: Path, shapes: Mapping[str, torch.Size], remedy: str) -> d
             wrong |= {k for k, s in slices.items() if tuple(s.get_shape()) != tuple(sizes[k])}
             wrong |= {k for k in scaled & set(slices) if slices[k].get_dtype() != "I8"}
             if wrong:
-                named = ", ".join(sorted(wrong)[:3])
-                raise CapGenError(f"{path} does not fit its config.json: {named}", remedy)
+                raise CapGenError(
+                    f"{path} does not fit its config.json: {', '.join(sorted(wrong)[:3])}", remedy
+                )
             tensors = {name: stream.get_tensor(name) for name in shapes}
             tensors |= {
                 name: _from_bytes(tensors[name], stream.get_tensor(name + SCALE)) for name in scaled
             }
     except (SafetensorError, OSError, struct.error, ValueError) as error:
         raise CapGenError(f"{path} is damaged ({error})", remedy) from error
-    floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
-    if not all(torch.isfinite(tensor).all() for tensor in floats):
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise CapGenError(f"{path} holds values that are not finite", remedy)
     return tensors
 

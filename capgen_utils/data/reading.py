@@ -85,14 +85,14 @@ def find_images_folder(root: Path, names: Collection[str]) -> Path:
 
 def list_images(folder: Path, depth: int = 0) -> set[str]:
     """Return the image files in ``folder`` and ``depth`` levels below, as names relative to it."""
-    names = set()
-    for inside in folders(folder, depth):
-        prefix = "" if inside == folder else inside.relative_to(folder).as_posix() + "/"
-        with os.scandir(inside) as entries:
-            files = [entry.name for entry in entries if entry.is_file()]
-        shown = [name for name in files if not name.startswith(".")]
-        names |= {prefix + name for name in shown if name.lower().endswith(SUFFIXES)}
-    return names
+    return {
+        Path(entry.path).relative_to(folder).as_posix()
+        for inside in folders(folder, depth)
+        for entry in os.scandir(inside)
+        if entry.name.lower().endswith(SUFFIXES)
+        and not entry.name.startswith(".")
+        and entry.is_file()
+    }
 
 
 def read_lines(path: Path) -> list[str]:
@@ -143,11 +143,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
     Raises:
         CapGenError: it is not UTF-8, or not a table.
     """
-    text = "\n".join(read_lines(path))
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
+    lines = read_lines(path)
+    text = io.StringIO("\n".join(lines), newline="")
+    delimiter = max(",;\t", key=lines[0].count)
     try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        rows = list(csv.reader(text, delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise CapGenError(
             f"{path} is not a CSV table ({error})", "save it as CSV, one caption per row"

@@ -114,8 +114,7 @@ class Scene:
 
 def relation_between(first: ShapeObject, second: ShapeObject) -> str:
     """Return the relation of ``first`` to ``second``, along the larger offset of their centres."""
-    dx = first.centre[0] - second.centre[0]
-    dy = first.centre[1] - second.centre[1]
+    dx, dy = (a - b for a, b in zip(first.centre, second.centre, strict=True))
     if abs(dx) >= abs(dy):
         return "left" if dx < 0 else "right"
     return "above" if dy < 0 else "below"
@@ -156,8 +155,7 @@ def make_scene(rng: random.Random, novel: bool = False) -> Scene:
         colours, shapes = rng.sample(list(COLOURS), count), rng.sample(SHAPES, count)
         pairs = list(zip(colours, shapes, strict=True))
         if len(HELD_OUT.intersection(pairs)) == int(novel):
-            break
-    return Scene(_place(pairs, rng), novel)
+            return Scene(_place(pairs, rng), novel)
 
 
 # --- captions
@@ -374,18 +372,17 @@ def judge(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -> dict[str,
             "caption images of the generated data set, and name them as its captions.txt does",
         )
     ordinary = sorted(name for name in captions if not scenes[name].novel)
-    related = [
-        relation_is_right(captions[n], scenes[n]) is True
-        for n in ordinary
-        if len(scenes[n].objects) > 1
-    ]
     shifts = [shift for shift in (1, 2, 3, 5, 8) if shift < len(ordinary)]
     shares: dict[str, list[bool]] = {
         "true": [is_true(captions[name], scenes[name]) for name in ordinary],
         "true_novel": [
             is_true(captions[name], scenes[name]) for name in captions if scenes[name].novel
         ],
-        "relation_right": related,
+        "relation_right": [
+            relation_is_right(captions[name], scenes[name]) is True
+            for name in ordinary
+            if len(scenes[name].objects) > 1
+        ],
         "true_shuffled": [
             is_true(captions[name], scenes[ordinary[(i + shift) % len(ordinary)]])
             for shift in shifts
@@ -482,11 +479,13 @@ def generate(folder: Path, count: int = 3800, seed: int = 0) -> None:
                     temporary / "Images" / name, compress_level=1
                 )
                 rows.writerows((name, caption) for caption in describe(scenes[name], rng))
-        by_split = {
-            s: [n for n, t in zip(names, splits, strict=True) if t == s]
-            for s in ("train", "dev", "test")
-        }
-        write_json(temporary / "splits.json", by_split)
+        write_json(
+            temporary / "splits.json",
+            {
+                s: [n for n, t in zip(names, splits, strict=True) if t == s]
+                for s in ("train", "dev", "test")
+            },
+        )
         write_json(
             temporary / "scenes.json", {name: scene.to_dict() for name, scene in scenes.items()}
         )

@@ -300,10 +300,7 @@ def load_language_model(
         CapGenError: there is no GPT-2 in ``source``, or it does not fit; names the three ways to
             provide one.
     """
-    import_torchvision()
-    from transformers import GPT2LMHeadModel
-
-    model = load_pretrained(GPT2LMHeadModel, source, WAYS)
+    model = load_pretrained("GPT2LMHeadModel", source, WAYS)
     _check_form(model.config, captioner.config, source)
     weights = model.transformer.state_dict()
     table = weights["wte.weight"]  # (vocabulary of source, n_embd)

@@ -37,9 +37,8 @@ def fit_tokenizer(kind: str, captions: Iterable[str], min_count: int = 5) -> Tok
     Raises:
         CapGenError: there is no such kind, or no text in the captions.
     """
-    if kind == WordTokenizer.kind:
-        return WordTokenizer.fit(captions, min_count)
-    return BpeTokenizer.fit(captions, kind)
+    words = kind == WordTokenizer.kind
+    return WordTokenizer.fit(captions, min_count) if words else BpeTokenizer.fit(captions, kind)
 
 
 def token_rows(kept: Tokenizer, wanted: Tokenizer) -> list[int] | None:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from capgen_utils.common.files import CapGenError
@@ -98,13 +99,9 @@ class WordTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """See ``Tokenizer.decode``."""
-        words = []
-        for i in ids:
-            if i == self.end_id:
-                break
-            if i not in (self.pad_id, self.start_id):
-                words.append(self.vocabulary[i])
-        return join_words(words)
+        shown = takewhile(lambda i: i != self.end_id, ids)
+        hidden = (self.pad_id, self.start_id)
+        return join_words([self.vocabulary[i] for i in shown if i not in hidden])
 
     def to_json(self) -> dict[str, Any]:
         """See ``Tokenizer.to_json``."""

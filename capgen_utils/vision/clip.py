@@ -105,11 +105,8 @@ def clip_vision(name: str, weights: Path | None = None) -> Encoder:
         CapGenError: the weights can be neither found nor downloaded; names the three ways to
             provide them.
     """
-    import_torchvision()
-    from transformers import CLIPModel
-
     source = weights or f"openai/{name}"
-    encoder = published_clip(load_pretrained(CLIPModel, source, CLIP_REMEDY), name)
+    encoder = published_clip(load_pretrained("CLIPModel", source, CLIP_REMEDY), name)
     require_clip(encoder, name, source)
     return encoder
 
@@ -139,8 +136,9 @@ def small_clip_config(settings: Any) -> SmallClipConfig:
     Raises:
         CapGenError: unknown or impossible values.
     """
-    values = settings if isinstance(settings, dict) else {"settings": settings}
-    sizes = from_dict(SmallClipConfig, values)
+    sizes = from_dict(
+        SmallClipConfig, settings if isinstance(settings, dict) else {"settings": settings}
+    )
     possible = 0 < sizes.embed_size <= 4096 and 2 < sizes.seq_len <= 1024
     for width, heads, layers in (
         (sizes.vision_width, sizes.vision_heads, sizes.vision_layers),
@@ -191,6 +189,11 @@ def small_clip(clip: Any, sizes: SmallClipConfig, stem: Encoder) -> ClipVision:
 
     Its name tells the stem: "small_clip on efficientnet_lite0".
     """
-    name = f"{SMALL_CLIP} on {stem.name}"
-    vision, projection = clip.vision_model, clip.visual_projection
-    return ClipVision(name, vision, projection, stem.preprocessing, asdict(sizes), stem)
+    return ClipVision(
+        f"{SMALL_CLIP} on {stem.name}",
+        clip.vision_model,
+        clip.visual_projection,
+        stem.preprocessing,
+        asdict(sizes),
+        stem,
+    )

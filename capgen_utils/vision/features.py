@@ -296,8 +296,7 @@ def _encoded_images(
     """Yield batches in order; threads decode images ahead while the encoder computes."""
 
     def decode(start: int) -> _Batch:
-        pixels, failed = [], {}
-        items = manifest.items[start : start + batch_size]
+        pixels, failed, items = [], {}, manifest.items[start : start + batch_size]
         for item in items:
             try:
                 image = open_image(manifest.path(item))

@@ -11,7 +11,6 @@ import torch
 from hub_helpers import (
     POSITIONS,
     WIDTH,
-    gpt2_class,
     published_config,
     published_weights,
     write_gpt2,
@@ -33,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_in_the_hubs_layout_is_loaded_to_the_bit(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = load_pretrained(gpt2_class(), folder, REMEDY)
+    model = load_pretrained("GPT2LMHeadModel", folder, REMEDY)
     weights = published_weights()
     own = model.transformer.state_dict()
     assert set(own) == {
@@ -48,7 +47,7 @@ def test_a_folder_in_the_hubs_layout_is_loaded_to_the_bit(
 def test_half_precision_becomes_single_precision(folder: Path) -> None:
     halves = {name: tensor.half() for name, tensor in published_weights().items()}
     save_file(halves, folder / "model.safetensors", {"format": "pt"})
-    assert load_pretrained(gpt2_class(), str(folder), REMEDY).dtype == torch.float32
+    assert load_pretrained("GPT2LMHeadModel", str(folder), REMEDY).dtype == torch.float32
 
 
 def spoil(folder: Path, how: str) -> None:
@@ -102,7 +101,7 @@ def test_anything_else_is_refused_with_the_ways_to_provide_it(
 ) -> None:
     spoil(folder, how)
     with pytest.raises(CapGenError, match=named) as error:
-        load_pretrained(gpt2_class(), folder, REMEDY)
+        load_pretrained("GPT2LMHeadModel", folder, REMEDY)
     assert error.value.remedy == REMEDY
 
 
@@ -147,7 +146,7 @@ def test_a_hub_out_of_reach_is_asked_once(
         huggingface_hub.constants, "HF_HUB_OFFLINE", offline
     )  # what the variable of that name sets
     with pytest.raises(CapGenError, match="capgen-tests/gpt2-tiny") as error:
-        load_pretrained(gpt2_class(), "capgen-tests/gpt2-tiny", REMEDY)
+        load_pretrained("GPT2LMHeadModel", "capgen-tests/gpt2-tiny", REMEDY)
     assert error.value.remedy == REMEDY
     assert len(asked) <= (0 if offline else 2), "no retries"
 
@@ -159,11 +158,11 @@ def test_a_model_in_the_hubs_cache_needs_no_network(
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("a" * 40)
     shutil.copytree(folder, cached / "snapshots" / ("a" * 40))
-    model = load_pretrained(gpt2_class(), "capgen-tests/gpt2-tiny", REMEDY)
+    model = load_pretrained("GPT2LMHeadModel", "capgen-tests/gpt2-tiny", REMEDY)
     assert torch.equal(model.transformer.wpe.weight, published_weights()["wpe.weight"])
     (cached / "snapshots" / ("a" * 40) / "model.safetensors").unlink()
     with pytest.raises(CapGenError, match="capgen-tests/gpt2-tiny"):
-        load_pretrained(gpt2_class(), "capgen-tests/gpt2-tiny", REMEDY)
+        load_pretrained("GPT2LMHeadModel", "capgen-tests/gpt2-tiny", REMEDY)
 
 
 class Evil:
@@ -185,9 +184,9 @@ def test_a_bin_file_is_read_as_tensors_only(folder: Path, evil: bool) -> None:
         content["h.0.ln_1.bias"] = Evil(trace)
     torch.save(content, folder / "pytorch_model.bin")
     if not evil:
-        assert load_pretrained(gpt2_class(), folder, REMEDY).config.n_embd == WIDTH
+        assert load_pretrained("GPT2LMHeadModel", folder, REMEDY).config.n_embd == WIDTH
         return
     with pytest.raises(CapGenError) as error:
-        load_pretrained(gpt2_class(), folder, REMEDY)
+        load_pretrained("GPT2LMHeadModel", folder, REMEDY)
     assert error.value.remedy == REMEDY
     assert not trace.exists()

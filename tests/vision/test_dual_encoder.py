@@ -259,7 +259,8 @@ def test_the_grid_is_read_from_the_cache_and_not_computed_again(
     options: dict[str, Any] = {"folder": tmp_path / "f", "dtype": torch.float32, "device": CPU}
     extract(manifest, dual.images.stem, "grid", **options)  # type: ignore[arg-type]
     monkeypatch.setattr(Encoder, "forward", lambda *_: pytest.fail("the stem runs again"))
-    assert extract(manifest, dual.images, "embedding", **options).shape == (24,)
+    cache = extract(manifest, dual.images, "embedding", **options)
+    assert cache.array.shape == (5, 24)
 
 
 # --- on disk
