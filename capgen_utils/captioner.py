@@ -123,7 +123,7 @@ class Captioner:
         """The CLIP that re-ranks captions.
 
         Raises:
-            CapGenError: there is none, or it cannot be loaded.
+            CapGenError: the bundle has no CLIP, or it cannot be loaded.
         """
         scorer = self._scorer or self.bundle.build_scorer()
         if scorer is None:

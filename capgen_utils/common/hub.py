@@ -112,7 +112,7 @@ def read_config(source: str | Path, remedy: str) -> dict[str, Any]:
     """Return ``config.json`` of a model on the hub or in a local folder.
 
     Raises:
-        CapGenError: there is none, or it does not describe a model.
+        CapGenError: the file is missing or does not describe a model.
     """
     folder = source != "" and Path(source).is_dir()
     if not folder and (isinstance(source, Path) or not _HUB_NAME.fullmatch(source)):

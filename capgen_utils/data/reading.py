@@ -72,7 +72,7 @@ def find_images_folder(root: Path, names: Collection[str]) -> Path:
     """Return the folder called one of ``names`` that holds image files.
 
     Raises:
-        CapGenError: there is none under ``root``.
+        CapGenError: ``root`` contains no such folder.
     """
     for folder in folders(root, depth=3):
         if folder.name in names and list_images(folder):

@@ -62,7 +62,7 @@ class ShapeObject:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     def check(self) -> None:
-        """Raise ``ValueError`` if a value read from a file is none of an object."""
+        """Raise ``ValueError`` if a value read from a file is not one that objects have."""
         names = (self.colour, list(COLOURS)), (self.shape, SHAPES), (self.size, list(SIZES))
         unknown = [name for name, known in names if name not in known]
         if unknown:

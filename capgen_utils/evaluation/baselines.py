@@ -163,7 +163,7 @@ def human_choices(references: References) -> Iterator[tuple[dict[str, str], dict
     count = min(map(len, references.values()), default=0)
     if count < 2:
         raise CapGenError(
-            "an image has fewer than two human captions",
+            "some images have fewer than two human captions",
             "a human row needs one to score and others to score it against",
         )
     for i in range(count):

@@ -158,7 +158,7 @@ class LayeredCaptioner(CaptionModel):
     def add_image(
         self, i: int, x: Tensor, state: SharedState, attention: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Add layer i's attention over the image to ``x`` (M, T, D); by default there is none.
+        """Add layer i's attention over the image to ``x`` (M, T, D); by default nothing is added.
 
         Returns:
             The sum, and the weights (M, heads, T, N) if asked for.

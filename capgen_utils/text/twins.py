@@ -128,7 +128,7 @@ class _Word(NamedTuple):
 
 
 def hard_negatives(caption: str) -> list[str]:
-    """Return the false twins of ``caption``, each with one change; often there are none.
+    """Return the false twins of ``caption``, each with one change; often the list is empty.
 
     - Two different colours are swapped if each describes an object of its own: not in "a black and
       white dog", and not in "a black dog and a brown dog", whose twin would mean the same. In

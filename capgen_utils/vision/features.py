@@ -70,7 +70,7 @@ class FeatureCache:
         """Return the features of ``names`` as a float16 tensor (len(names), *shape).
 
         Raises:
-            CapGenError: an image has no features.
+            CapGenError: the cache lacks features of an image.
         """
         missing = [name for name in names if name not in self.index or name in self.failed]
         if missing:
