@@ -289,12 +289,21 @@ class Captioner:
     def _caption_readable(
         self, paths: Sequence[Path], decoding: DecodingConfig, rerank: bool
     ) -> list[Caption | CapGenError]:
-        """Caption a batch; if it fails, its halves, so that only unreadable images get errors."""
+        """Caption the readable images of a batch together; the others get their errors."""
         try:
             return list(self._caption_batch(paths, decoding, rerank))
         except CapGenError as error:
             if len(paths) == 1:
                 return [error]
-        half = len(paths) // 2
-        halves = (self._caption_readable(p, decoding, rerank) for p in (paths[:half], paths[half:]))
-        return [result for results in halves for result in results]
+        errors: list[CapGenError | None] = []
+        for path in paths:
+            try:
+                open_image(path)
+                errors.append(None)
+            except CapGenError as error:
+                errors.append(error)
+        readable = [path for path, error in zip(paths, errors, strict=True) if error is None]
+        if len(readable) == len(paths):  # something else went wrong: try them one by one
+            return [r for path in paths for r in self._caption_readable([path], decoding, rerank)]
+        captions = iter(self._caption_readable(readable, decoding, rerank) if readable else ())
+        return [error or next(captions) for error in errors]
