@@ -470,7 +470,7 @@ def test_progress_is_on_stderr_and_counts_existing_captions(
         and out == ""
         and "10/10" in err
         and "7/10" in err
-        and "4.png cannot be read" in err
+        and "4.png is not an image" in err
     )
 
 

@@ -280,7 +280,7 @@ def test_the_picture_in_the_repository_is_small_and_of_a_page() -> None:
 
 
 def test_the_page_names_no_other_host() -> None:
-    for path in (ROOT / "capgen_utils" / "page").iterdir():
+    for path in (ROOT / "capgen_utils" / "apps" / "serve" / "page").iterdir():
         text = path.read_text(encoding="utf-8")
         assert "://" not in text.replace("http://www.w3.org", ""), path.name
         assert json.dumps(text) and "style=" not in text and "onclick" not in text
