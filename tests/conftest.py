@@ -97,8 +97,9 @@ def train_on_shapes(data: Path, model: str) -> ShapesRun:
 
     With ``CAPGEN_FULL_TRAINING=1`` it is trained once, by the real command line.
     """
-    with FileLock(data / "training.lock"):
-        run = ShapesRun(data, model)
+    run = ShapesRun(data, model)
+    with FileLock(data / "training.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAPGEN_DATA", str(data))
         if FULL_TRAINING:
             train(data, "--model", model)
         else:  # with the features that training would leave
@@ -126,15 +127,23 @@ def train(data: Path, *options: str, anew: bool = True) -> str:
 
 
 @pytest.fixture(scope="session")
-def shapes_run(private_data: Path) -> ShapesRun:
+def reader_data(private_data: Path) -> Path:
+    """Return the data folder of the captioners; other tests train encoders in theirs."""
+    folder = private_data / "reader"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_run(reader_data: Path) -> ShapesRun:
     """Return the trained transformer."""
-    return train_on_shapes(private_data, "transformer")
+    return train_on_shapes(reader_data, "transformer")
 
 
 @pytest.fixture(scope="session", params=list(MODELS))
-def any_shapes_run(request: pytest.FixtureRequest, private_data: Path) -> ShapesRun:
+def any_shapes_run(request: pytest.FixtureRequest, reader_data: Path) -> ShapesRun:
     """Return each of the trained captioners."""
-    return train_on_shapes(private_data, request.param)
+    return train_on_shapes(reader_data, request.param)
 
 
 @pytest.fixture(scope="session")
@@ -153,6 +162,7 @@ def shapes_results(any_shapes_run: ShapesRun, tmp_path_factory: pytest.TempPathF
     done = subprocess.run(
         [*command, "--output", str(output)],
         cwd=ROOT,
+        env=os.environ | {"CAPGEN_DATA": str(any_shapes_run.data)},
         capture_output=True,
         text=True,
         timeout=600,

@@ -171,9 +171,9 @@ TRAINED = {  # by number; the others need the transformer
 
 
 @pytest.fixture(scope="module")
-def readers_data(private_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the data folder of a reader, with trained captioners in full training, else empty."""
-    return private_data if FULL_TRAINING else tmp_path_factory.mktemp("reader")
+def data(reader_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with trained captioners in full training, else an empty one."""
+    return reader_data if FULL_TRAINING else tmp_path_factory.mktemp("reader")
 
 
 @pytest.mark.notebooks
@@ -181,12 +181,12 @@ def readers_data(private_data: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.mark.timeout(TRAINING_LIMIT)
 @pytest.mark.parametrize("path", ALL, ids=named)
 def test_runs_from_the_first_cell_to_the_last(
-    path: Path, readers_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the captioners that ship; with ``CAPGEN_FULL_TRAINING=1``, with those trained here."""
-    monkeypatch.setenv("CAPGEN_DATA", str(readers_data))
+    monkeypatch.setenv("CAPGEN_DATA", str(data))
     models = TRAINED.get(path.name[:2], ["transformer"]) if FULL_TRAINING else []
-    runs = [train_on_shapes(readers_data, model) for model in models]
+    runs = [train_on_shapes(data, model) for model in models]
     if "from_bundle()" in path.read_text(encoding="utf-8"):
         need("the trained captioner that ships", (DEFAULT_BUNDLE / "model.safetensors").is_file())
     before = path.read_bytes()
@@ -197,7 +197,7 @@ def test_runs_from_the_first_cell_to_the_last(
     assert [(run.folder / "log.jsonl").read_bytes() for run in runs] == logs, (
         "a finished run was trained again"
     )
-    assert FULL_TRAINING or not list(readers_data.rglob("checkpoint.safetensors")), "trained"
+    assert FULL_TRAINING or not list(data.rglob("checkpoint.safetensors")), "trained"
     page = outcome.page.read_text(encoding="utf-8")
-    assert str(readers_data) not in page and str(ROOT) not in page
+    assert str(data) not in page and str(ROOT) not in page
     assert len(page) < 2_000_000

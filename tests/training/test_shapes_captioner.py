@@ -27,6 +27,11 @@ from capgen_utils.vision.features import FeatureCache, encode_images, find_cache
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def data_of_the_reader(reader_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPGEN_DATA", str(reader_data))
+
+
 @pytest.fixture(scope="session")
 def result(any_shapes_run: ShapesRun, shapes_results: Path) -> dict[str, Any]:
     return json.loads((shapes_results / f"shapes_{any_shapes_run.model}.json").read_text())
