@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TRAINING_LIMIT, train_on_shapes
 from helpers import CPU, tiny_encoder, tiny_manifest
 from torch import Tensor
 from torch.nn import functional as F
@@ -580,10 +581,13 @@ def test_judges_share_neither_seed_nor_width_nor_vocabulary() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_on_shapes_a_true_caption_is_preferred_to_its_twins(private_data: Path) -> None:
-    preset = PRESETS["shapes"]
-    dual = DualEncoder.load(pretrain_dual_encoder(preset))
+@pytest.mark.timeout(TRAINING_LIMIT)
+def test_on_shapes_a_true_caption_is_preferred_to_its_twins(
+    reader_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_on_shapes(reader_data, "clip_prefix")
+    monkeypatch.setenv("CAPGEN_DATA", str(reader_data))
+    dual = DualEncoder.load(dual_encoder_folder(PRESETS["shapes"]))
     manifest = load_dataset("shapes")
     cache = extract(manifest, dual.images.stem, "grid")  # type: ignore[arg-type]
     scenes = load_scenes(manifest.root)
