@@ -7,6 +7,7 @@ import stat
 import time
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,6 +36,7 @@ ARCHIVES = {
 }
 MIN_IMAGES = 7_990  # of the 8,000 in the official splits: a copy may lack one or two, not more
 SPACE = 2_500_000_000  # bytes for the archives and the unpacked images together
+_HOSTILE = "do not unpack it, it is hostile or damaged; download it from a source that you trust"
 STALE = 3600  # seconds after which a partial file or folder can only be left over from a kill
 
 
@@ -105,12 +107,13 @@ def safe_extract(archive: Path, folder: Path, limit: int = MAX_UNPACKED) -> None
     try:
         with zipfile.ZipFile(archive) as source:
             entries = [entry for entry in source.infolist() if _is_wanted(entry)]
-            names = [safe_name(entry.filename, archive) for entry in entries]
-            size = _checked_size(archive, entries, limit)
+            names = [safe_name(entry.filename, archive, _HOSTILE) for entry in entries]
+            size = _checked_size(archive, entries, names, limit)
             require_space(folder.parent, size, f"unpacking {archive.name}")
             with atomic_path(folder) as temporary:
                 temporary.mkdir()
-                for entry, name in zip(tqdm(entries, unit="file"), names, strict=True):
+                bar = tqdm(entries, desc=f"unpacking {archive.name}", unit="file")
+                for entry, name in zip(bar, names, strict=True):
                     (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                     # zipfile stops at the announced size and checks the CRC
                     with source.open(entry) as stream, open(temporary / name, "xb") as out:
@@ -128,28 +131,26 @@ def _is_wanted(entry: zipfile.ZipInfo) -> bool:
     return not (entry.is_dir() or "__MACOSX" in path.parts or path.name.startswith("._"))
 
 
-def _checked_size(archive: Path, entries: list[zipfile.ZipInfo], limit: int) -> int:
-    """Return the size of all entries in bytes; refuse hostile ones."""
-    names = [entry.filename for entry in entries]
+def _checked_size(
+    archive: Path, entries: list[zipfile.ZipInfo], names: list[str], limit: int
+) -> int:
+    """Return the size of all entries in bytes; refuse hostile ones. ``names`` will be written."""
     special = [
-        entry.filename
-        for entry in entries
+        name
+        for entry, name in zip(entries, names, strict=True)
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG) or entry.flag_bits & 1
     ]
+    twice = [name for name, times in Counter(names).items() if times > 1]
     size = sum(entry.file_size for entry in entries)
-    most = min(limit, MAX_RATIO * max(archive.stat().st_size, 10_000))
-    problems = {
-        f"holds {special[:1]}, which is a link, a device or encrypted": special,
-        "holds an entry twice": len(set(names)) < len(names),
-        f"would unpack to {size / 1e9:.2f} GB": size > most,
-    }
-    for problem, present in problems.items():
-        if present:
-            raise CapGenError(
-                f"{archive} {problem}",
-                "do not unpack it, it is hostile or damaged; download it from a source that you "
-                "trust",
-            )
+    problem = ""
+    if special:
+        problem = f"holds {special[0][:100]!r}, which is a link, a device or encrypted"
+    elif twice:
+        problem = f"holds {twice[0][:100]!r} twice"
+    elif size > min(limit, MAX_RATIO * max(archive.stat().st_size, 10_000)):
+        problem = f"would unpack to {size / 1e9:.2f} GB"
+    if problem:
+        raise CapGenError(f"{archive} {problem}", _HOSTILE)
     return size
 
 
@@ -245,7 +246,7 @@ def _clean_up(target: Path) -> None:
         target.unlink()
     leftovers = [
         *target.parent.glob(f".{target.name}.*.partial"),
-        *(target.parent / "downloads").glob("tmp*"),  # pooch's temporary files
+        *_downloads(target).glob("tmp*"),  # pooch's temporary files
     ]
     for leftover in leftovers:
         if time.time() - leftover.stat().st_mtime > STALE:
@@ -274,8 +275,12 @@ def _by_kagglehub(target: Path) -> None:
             shutil.copytree(cached, temporary)
 
 
+def _downloads(target: Path) -> Path:
+    return target.parent / "downloads"
+
+
 def _by_github(target: Path) -> None:
-    folder = target.parent / "downloads"
+    folder = _downloads(target)
     archives = [fetch(f"{RELEASE}/{name}", folder / name, md5) for name, md5 in ARCHIVES.items()]
     _unpack(archives, target)
 
@@ -286,7 +291,7 @@ def _by_kaggle_client(target: Path) -> None:
     if not in_environment and not keys.is_file():
         raise CapGenError("no Kaggle key was found", "set KAGGLE_USERNAME and KAGGLE_KEY")
     kaggle = importlib.import_module("kaggle")  # exits on import if it finds no key
-    folder = target.parent / "downloads"
+    folder = _downloads(target)
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     kaggle.api.dataset_download_files(HANDLE, path=str(folder), quiet=False)

@@ -20,6 +20,7 @@ MAX_PIXELS = 100_000_000  # a decoded RGB image of this size takes 300 MB
 MAX_BYTES = 200_000_000
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG opens MPO, which holds two images
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _TOO_LARGE = f"scale it to at most {MAX_PIXELS // 10**6} megapixels first"
 
 _TOO_MANY_BYTES = f"is larger than {MAX_BYTES // 10**6} MB"
@@ -167,7 +168,7 @@ def find_images(
 ) -> list[Path]:
     """Expand folders to the image files in them and their subfolders; files are kept unchanged.
 
-    In a folder, a file is an image by its suffix, or else by its header. Hidden files and
+    In a folder, a file is an image by its suffix, or else by its first bytes. Hidden files and
     folders are left out, and links to folders are not followed. Names are sorted, so the order is
     the same every time.
 
@@ -210,16 +211,18 @@ def _walk(folder: Path, refuse: Callable[[Path, str, str], None]) -> Iterator[Pa
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file has the suffix or the header of an image."""
+    """Whether a file has the suffix or the first bytes of an image."""
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
-        if os.path.isfile(path):  # opening a pipe would wait for its other end
-            Image.open(path, formats=FORMATS).close()
-            return True
-    except Exception:  # Pillow's parsers raise many kinds
+        if not os.path.isfile(path):  # opening a pipe would wait for its other end
+            return False
+        with open(path, "rb") as stream:
+            head = stream.read(12)
+    except OSError:
         return False
-    return False
+    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)  # many texts begin with these letters
+    return bitmap or head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
 def is_many(images: Any) -> bool:

@@ -172,7 +172,14 @@ def _read_annotations(path: Path, folder: str) -> dict[str, list[str]]:
     """Return captions by ``folder/file`` from one of COCO's own annotation files."""
     with _explained(path):
         value = read_json(path, "download the file again")
-        names = {i["id"]: safe_name(f"{folder}/{i['file_name']}", path) for i in value["images"]}
+        names = {i["id"]: safe_name(folder + "/" + i["file_name"], path) for i in value["images"]}
+        unlisted = next((r for r in value["annotations"] if r["image_id"] not in names), None)
+        if unlisted is not None:
+            raise CapGenError(
+                f"{path}: a caption belongs to the image {unlisted['image_id']!r}, which is not "
+                "listed",
+                "the file is damaged: download it again",
+            )
         rows = [(names[row["image_id"]], str.strip(row["caption"])) for row in value["annotations"]]
     return group(rows)
 

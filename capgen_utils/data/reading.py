@@ -21,7 +21,11 @@ EMPTY_CAPTIONS = "empty captions"
 SHORT_CAPTIONS = "captions under three words (kept)"
 
 
-def safe_name(name: str, source: Path) -> str:
+def safe_name(
+    name: str,
+    source: Path,
+    remedy: str = "give the image's name relative to the folder of images",
+) -> str:
     """Return a name from a captions file or an archive as a relative path with forward slashes.
 
     Raises:
@@ -33,7 +37,7 @@ def safe_name(name: str, source: Path) -> str:
     if absolute or ".." in parts or not name.isprintable():
         raise CapGenError(
             f"{source} holds {name[:100]!r}, which is not a file name inside the folder",
-            "give file names relative to the folder; never unpack such an archive",
+            remedy,
         )
     return "/".join(parts)
 
@@ -85,14 +89,14 @@ def find_images_folder(root: Path, names: Collection[str]) -> Path:
 
 def list_images(folder: Path, depth: int = 0) -> set[str]:
     """Return the image files in ``folder`` and ``depth`` levels below, as names relative to it."""
-    return {
-        Path(entry.path).relative_to(folder).as_posix()
-        for inside in folders(folder, depth)
-        for entry in os.scandir(inside)
-        if entry.name.lower().endswith(SUFFIXES)
-        and not entry.name.startswith(".")
-        and entry.is_file()
-    }
+    names = set()
+    for inside in folders(folder, depth):
+        prefix = "" if inside == folder else inside.relative_to(folder).as_posix() + "/"
+        with os.scandir(inside) as entries:
+            files = [entry.name for entry in entries if entry.is_file()]
+        shown = [name for name in files if not name.startswith(".")]
+        names |= {prefix + name for name in shown if name.lower().endswith(SUFFIXES)}
+    return names
 
 
 def read_lines(path: Path) -> list[str]:

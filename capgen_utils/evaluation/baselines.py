@@ -49,10 +49,12 @@ def best_constant(training: References) -> str:
     Raises:
         CapGenError: there is no caption.
     """
-    written = [[tokenise(caption) for caption in training[image]] for image in sorted(training)]
+    images = sorted(training)
+    written = [[tokenise(caption) for caption in training[image]] for image in images]
     spelled: dict[tuple[str, ...], str] = {}  # words -> the first caption that has them
-    for caption in (caption for image in sorted(training) for caption in training[image]):
-        spelled.setdefault(tuple(tokenise(caption)), caption)
+    for image, captions in zip(images, written, strict=True):
+        for caption, words in zip(training[image], captions, strict=True):
+            spelled.setdefault(tuple(words), caption)
     candidates = sorted(words for words in spelled if words)
     if not candidates:
         raise CapGenError("there is no training caption", "give the captions of the training split")
@@ -65,9 +67,9 @@ def best_constant(training: References) -> str:
             total += (counts >= times) @ (most >= times).sum(axis=0).astype(np.float64)
         matches.append(total)
     lengths = np.array([len(words) for words in candidates])  # (C,)
+    human_lengths = [[len(words) for words in captions] for captions in written]
     closest = {
-        n: sum(closest_length(n, map(len, captions)) for captions in written)
-        for n in set(lengths.tolist())
+        n: sum(closest_length(n, those) for those in human_lengths) for n in set(lengths.tolist())
     }
     reference = [closest[n] for n in lengths.tolist()]
     guesses = [np.maximum(0, lengths - n + 1) * len(written) for n in ORDERS]

@@ -94,10 +94,7 @@ def scores_table(results: Mapping[str, Result]) -> str:
         [
             title,
             *facts,
-            *(
-                with_unit(100 * row["scores"][name] if name in row["scores"] else None)
-                for name in truth
-            ),
+            *(with_unit(row["scores"].get(name), factor=100) for name in truth),
             *(number(row, name) for name in metrics),
             f"{row['scores']['distinct']:.0f}",
             with_unit(row["scores"].get("copied")),
@@ -131,9 +128,9 @@ def number(row: Result, name: str) -> str:
     return f"{value} [{ends[0]:.1f}, {ends[1]:.1f}]"
 
 
-def with_unit(value: float | None, unit: str = "%") -> str:
-    """Return a number with its unit, or a dash without one."""
-    return "-" if value is None else f"{value:.1f} {unit}"
+def with_unit(value: float | None, unit: str = "%", factor: float = 1) -> str:
+    """Return ``factor`` times a number with its unit, or a dash without one."""
+    return "-" if value is None else f"{factor * value:.1f} {unit}"
 
 
 def protocol_lines(results: Mapping[str, Result], definitions: bool = True) -> str:

@@ -40,6 +40,7 @@ from capgen_utils.evaluation.metrics import (
     diversity,
     find_wordnet,
     intervals,
+    java_program,
     labels,
     load_captions,
     load_references,
@@ -67,25 +68,24 @@ class MoreMetrics:
     many rows contain it.
 
     Args:
-        java: compute METEOR 1.5 too.
+        java: compute METEOR 1.5 too, by one Java process.
+
+    Raises:
+        CapGenError: Java or pycocoevalcap is missing.
     """
 
     def __init__(self, java: bool = False) -> None:
-        self._reader, self._java = find_wordnet(), java
+        self._reader, self._program = find_wordnet(), java_program() if java else None
         self._known: dict[tuple[str, str], float] = {}
         self.protocol: dict[str, str] = {}
 
     def __call__(self, hypotheses: Captions, references: References) -> Extra:
-        """Return the metrics as ``Statistics.of`` takes them.
-
-        Raises:
-            CapGenError: Java or pycocoevalcap is missing.
-        """
+        """Return the metrics as ``Statistics.of`` takes them."""
         meteors = {}
         if self._reader is not None:
             meteors[METEOR_NLTK] = meteor_nltk(hypotheses, references, self._reader, self._known)
-        if self._java:
-            meteors[METEOR_JAVA] = meteor_java(hypotheses, references)
+        if self._program is not None:
+            meteors[METEOR_JAVA] = meteor_java(hypotheses, references, self._program)
         self.protocol |= {name: meteor.label for name, meteor in meteors.items()}
         return {name: meteor.summed or meteor.images for name, meteor in meteors.items()}
 

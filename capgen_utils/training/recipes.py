@@ -64,14 +64,20 @@ class Run:
     Attributes:
         trainer: with the model after the last epoch.
         progress: best scores, duration and history.
-        history: losses and dev scores, one entry per epoch.
-        folder: ``bundle/``, ``checkpoint.safetensors`` and ``log.jsonl``.
     """
 
     trainer: Trainer
     progress: Progress
-    history: list[dict[str, Any]]
-    folder: Path
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: ``bundle/``, ``checkpoint.safetensors`` and ``log.jsonl``."""
+        return self.trainer.folder
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Losses and dev scores, one entry per epoch."""
+        return self.progress.history
 
     @cached_property
     def captioner(self) -> Captioner:
@@ -115,8 +121,7 @@ def train(
     folder = folder or run_of(preset, model)
     prepared = prepare(preset, data, limit, model)
     trainer = make_trainer(prepared, model, folder, training, trackers=trackers)
-    progress = trainer.train()
-    return Run(trainer, progress, progress.history, folder)
+    return Run(trainer, trainer.train())
 
 
 def prepare(
@@ -191,7 +196,7 @@ def make_trainer(
     torch.manual_seed(training.seed)
     shape = encoder.outputs.get(kind.feature_of(config))
     expected = recipe.encoder, recipe.tokenizer, shape
-    made = prepared.recipe.encoder, prepared.recipe.tokenizer, prepared.data.plain.array.shape[1:]
+    made = prepared.recipe.encoder, prepared.recipe.tokenizer, prepared.data.plain.shape
     if shape is None or expected != made:
         raise CapGenError(
             f"the prepared data does not fit {model_name}",

@@ -131,7 +131,10 @@ def _files_of(manifest: Manifest) -> str:
 
 
 def _file_size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def extract(

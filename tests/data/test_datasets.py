@@ -323,7 +323,11 @@ def test_coco_2017_by_its_annotations(tmp_path: Path) -> None:
     assert by_image(manifest)["val2017/900.jpg"].captions == ("A dog in 900.jpg .",) * 2
     bad = {"images": [], "annotations": [{"image_id": 7, "caption": "A dog ."}]}
     write(tmp_path / "annotations" / "captions_val2017.json", json.dumps(bad))
-    with pytest.raises(CapGenError, match="7"):
+    with pytest.raises(CapGenError, match="the image 7, which is not listed"):
+        load_dataset("coco", tmp_path)
+    bad = {"images": [{"id": 7, "file_name": 5}], "annotations": []}
+    write(tmp_path / "annotations" / "captions_val2017.json", json.dumps(bad))
+    with pytest.raises(CapGenError, match="another form"):
         load_dataset("coco", tmp_path)
 
 

@@ -256,8 +256,16 @@ def test_extract_refuses_an_entry_twice(tmp_path: Path) -> None:
     ):
         archive.writestr("a", "1")
         archive.writestr("a", "2")
-    with pytest.raises(CapGenError, match="twice"):
+    with pytest.raises(CapGenError, match="'a' twice"):
         safe_extract(tmp_path / "z.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("other", [" x.jpg", "x.jpg ", ".//x.jpg"])
+def test_extract_refuses_two_entries_that_become_one_file(tmp_path: Path, other: str) -> None:
+    archive = archive_of(tmp_path / "z.zip", **{"x.jpg": b"1", other: b"2"})
+    with pytest.raises(CapGenError, match="'x.jpg' twice.*\n.*do not unpack it"):
+        safe_extract(archive, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["z.zip"]
 
 
 def test_extract_on_a_full_disk_leaves_nothing(

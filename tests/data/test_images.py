@@ -86,6 +86,14 @@ def test_a_folder_is_not_an_image(tmp_path: Path) -> None:
     refused(tmp_path / "folder.jpg")
 
 
+def test_broken_images_without_a_suffix_are_found_so_that_they_are_reported(tmp_path: Path) -> None:
+    (tmp_path / "cut").write_bytes(b"\xff\xd8\xff\xe0 and nothing more")
+    (tmp_path / "bomb").write_bytes(png_header(65_000, 65_000))
+    (tmp_path / "notes").write_text("no image")
+    found = find_images([tmp_path])
+    assert [path.name for path in found] == ["bomb", "cut"]
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("eighth", range(1, 8))
 def test_truncated_files(tmp_path: Path, suffix: str, eighth: int) -> None:

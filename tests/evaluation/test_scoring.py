@@ -241,6 +241,14 @@ def test_without_wordnet_there_is_no_meteor(
     assert METEOR_NLTK not in found["scores"] and METEOR_NLTK not in found["protocol"]
 
 
+def test_without_java_the_metrics_are_refused_before_anything_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(CapGenError, match="METEOR 1.5 needs Java"):
+        MoreMetrics(java=True)
+
+
 def test_meteor_of_java_is_the_corpus_score(manifest: Manifest) -> None:
     need("Java and pycocoevalcap", has_meteor_java())
     from capgen_utils.evaluation.metrics import meteor_java

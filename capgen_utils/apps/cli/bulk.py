@@ -292,15 +292,16 @@ def settings_of(
     Raises:
         CapGenError: the decoding options are not possible.
     """
+    # First, so that impossible options are refused before any file is hashed.
+    decoding = with_options(captioner.decoding, rerank, **options)
+    check_decoding(decoding, captioner.longest)
     return {
         "version": VERSION,
         "format": style.format,
         "candidates": style.candidates,
         "bundle": captioner.folder and hash_folder(captioner.folder),
         "features": captioner.features_dtype,
-        "decoding": check_decoding(
-            with_options(captioner.decoding, rerank, **options), captioner.longest
-        ).to_json(),
+        "decoding": decoding.to_json(),
         "reranking": {"scorer": scorer and hash_folder(scorer)} if rerank else None,
     }
 

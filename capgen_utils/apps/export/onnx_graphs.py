@@ -264,6 +264,7 @@ def write_graph(
     Raises:
         CapGenError: it cannot be traced, or is too large.
     """
+    before = logging.root.manager.disable
     try:
         with warnings.catch_warnings():  # the exporter's notes are for its own developers
             warnings.simplefilter("ignore")
@@ -284,7 +285,7 @@ def write_graph(
         reason = " ".join(str(error).split())[:300]
         raise CapGenError(f"cannot write the ONNX graph {path.stem}: {reason}", INSTALL) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     if path.stat().st_size > LARGEST:
         raise CapGenError(
             f"the {path.stem} is too large for one ONNX file", "export a smaller captioner"

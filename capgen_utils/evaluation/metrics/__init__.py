@@ -20,6 +20,7 @@ from capgen_utils.evaluation.metrics.meteor import (
     Meteor,
     find_wordnet,
     has_meteor_java,
+    java_program,
     meteor_java,
     meteor_nltk,
 )

@@ -28,7 +28,6 @@ from capgen_utils.evaluation.metrics.scores import BLEU_NAMES, Statistics, bleu_
 
 FILE = "ExpertAnnotations.txt"
 _LINE = re.compile(r"([^\t]+)\t([^\t]*#[^\t]*)((?:\t *[1-4] *)+)")  # image, caption id, ratings
-PREFIX = "A photo depicts "  # of CLIPScore's captions
 WEIGHT = 2.5
 _REMEDY = f"take {FILE} unchanged from Flickr8k_text.zip"
 

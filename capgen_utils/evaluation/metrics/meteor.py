@@ -190,35 +190,44 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
 
 
-@lru_cache(maxsize=1)
-def _program() -> Any:
-    """Return the reference's Java program, which starts once and serves all calls."""
+def java_program() -> Any:
+    """Start the reference's Java program; it ends with the returned object.
+
+    Raises:
+        CapGenError: Java or pycocoevalcap is missing.
+    """
+    if not has_meteor_java():
+        raise CapGenError(
+            "METEOR 1.5 needs Java and the package pycocoevalcap",
+            "install Java 8 or newer and run: pip install pycocoevalcap; or use nltk's METEOR",
+        )
     from pycocoevalcap.meteor.meteor import Meteor as Program
 
     return Program()
 
 
-def meteor_java(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Meteor:
+def meteor_java(
+    hypotheses: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    program: Any = None,
+) -> Meteor:
     """Return METEOR 1.5; its corpus score adds up the matches of all captions: it is not a mean.
 
     Args:
         hypotheses: image -> generated caption.
         references: image -> its human captions, as they were written.
+        program: from ``java_program``; ``None`` starts one for this call.
 
     Raises:
         CapGenError: Java or pycocoevalcap is missing; the two name different images, or there is
             nothing to score.
     """
     check_images(hypotheses, references)
-    if not has_meteor_java():
-        raise CapGenError(
-            "METEOR 1.5 needs Java and the package pycocoevalcap",
-            "install Java 8 or newer and run: pip install pycocoevalcap; or use nltk's METEOR",
-        )
+    program = java_program() if program is None else program
     rows = {}
     for image, caption in hypotheses.items():
         written = [" ".join(tokenise(reference)) for reference in references[image]]
-        row = [*map(float, _program()._stat(" ".join(tokenise(caption)), written).split())]
+        row = [*map(float, program._stat(" ".join(tokenise(caption)), written).split())]
         # If all words of both match in one chunk, nothing is fragmented: the program counts 0.
         if row[20] == 1 and row[21] == row[0] and row[22] == row[1]:
             row[20] = 0.0

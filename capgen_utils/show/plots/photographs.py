@@ -131,8 +131,9 @@ def similarity_matrix(features: Any, images: Sequence[ImageLike], size: float = 
     for ax in figure.axes:
         ax.axis("off")
     for image, above, beside in zip(images, axes[1:], axes[side::side], strict=False):
-        for ax in (above, beside):
-            ax.imshow(open_image(image).resize((64, 64)))
+        thumbnail = open_image(image).resize((64, 64))
+        above.imshow(thumbnail)
+        beside.imshow(thumbnail)
     low = min(0.0, float(similarity.min()))
     drawn = main.imshow(similarity, vmin=low, vmax=1, aspect="auto", cmap=COLOUR_MAP)
     _write_values(main, similarity, low + 0.6 * (1 - low))
